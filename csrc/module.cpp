@@ -1,0 +1,50 @@
+// The Python module `lsc_kernels._C`: what was built and what runs. The ops themselves are registered
+// with torch by the static initialisers of cpu/<op>.cpp, when this library is loaded.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include <torch/headeronly/version.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+#define LSC_TEXT_(x) #x
+#define LSC_TEXT(x) LSC_TEXT_(x)
+
+namespace {
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (lsc::Isa each : lsc::supported_isas()) names.emplace_back(lsc::isa_name(each));
+  return names;
+}
+
+py::dict build_info() {
+  constexpr unsigned long long target = TORCH_TARGET_VERSION;
+  py::dict info;
+  info["version"] = LSC_VERSION;
+  info["compiler"] = LSC_COMPILER;
+  info["cxx_flags"] = LSC_CXX_FLAGS;
+  info["torch_headers"] = TORCH_VERSION;
+  info["torch_minimum"] = std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
+  info["pybind11"] =
+      LSC_TEXT(PYBIND11_VERSION_MAJOR) "." LSC_TEXT(PYBIND11_VERSION_MINOR) "." LSC_TEXT(PYBIND11_VERSION_PATCH);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Native kernels of lsc_kernels.";
+  module.def("isa", [] { return lsc::isa_name(lsc::isa()); }, "The instruction set the CPU kernels use.");
+  module.def("isas", &isa_names, "The instruction sets built into this binary that run here, slowest first.");
+  module.def("set_isa", [](const std::string& name) { lsc::set_isa(name); }, py::arg("name"),
+             "Use another instruction set from now on: 'auto' or one of isas().");
+  module.def("cuda_architectures", [] { return std::vector<std::string>{}; },
+             "The CUDA architectures built into this binary.");
+  module.def("build_info", &build_info, "Compiler, flags and torch version this binary was built with.");
+}
