@@ -1,0 +1,118 @@
+"""KL estimators from two log-probabilities of the sampled action: the definition.
+
+With d = log pi(a) - log pi_ref(a), clamped to ``log_ratio_clamp``:
+
+    k1 = d      abs = |d|      k2 = d^2 / 2      k3 = exp(-d) - 1 + d
+
+then clamped to ``kl_clamp`` and multiplied by the importance ratio exp(log pi(a) - old).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INF = float("inf")
+
+
+class KLOptions(NamedTuple):
+    """What the caller asked of a KL; also, in this order, the trailing arguments of the native ops."""
+
+    kind: str
+    straight_through: bool = False
+    log_ratio_low: float = -INF
+    log_ratio_high: float = INF
+    kl_low: float = -INF
+    kl_high: float = INF
+
+
+def estimate(d: Tensor, options: KLOptions) -> Tensor:
+    """The estimator at log ratio ``d``, before ``kl_clamp``."""
+    d = d.clamp(options.log_ratio_low, options.log_ratio_high)
+    match options.kind:
+        case "k1":
+            return d
+        case "abs":
+            return d.abs()
+        case "k2":
+            return d * d / 2
+        case "k3":
+            # expm1(-d) + d, whose two terms cancel for small d
+            series = d * d * (0.5 + d * (-1 / 6 + d * (1 / 24 + d * (-1 / 120 + d * (1 / 720 - d / 5040)))))
+            direct = torch.where(d == INF, d, torch.expm1(-d) + d)
+            return torch.where(d.abs() < 1e-2, series, direct)
+    raise ValueError(f"{options.kind!r} is not an estimator of the action's log-probabilities")
+
+
+def slope(d: Tensor, options: KLOptions) -> Tensor:
+    """d estimate / d log ratio; 0 where the log ratio is clamped."""
+    inside = (d >= options.log_ratio_low) & (d <= options.log_ratio_high) | d.isnan()
+    match "k2" if options.straight_through else options.kind:
+        case "k1":
+            derivative = torch.ones_like(d)
+        case "abs":
+            derivative = d.sign()
+        case "k2":
+            derivative = d
+        case "k3":
+            derivative = -torch.expm1(-d)
+        case _:
+            derivative = torch.zeros_like(d)
+    return torch.where(inside, derivative, 0.0)
+
+
+def clamp_and_weigh(
+    value: Tensor, derivative: Tensor, log_weight: Tensor | None, options: KLOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply ``kl_clamp`` and the importance ratio exp(``log_weight``).
+
+    Returns the KL, the factor on ``value``'s own gradient, and the gradient that reaches log pi(a) through the
+    ratio. Both gradients are 0 where the value is clamped.
+    """
+    inside = (value >= options.kl_low) & (value <= options.kl_high) | value.isnan()
+    clamped = value.clamp(options.kl_low, options.kl_high)
+    if log_weight is None:
+        return clamped, torch.where(inside, derivative, 0.0), torch.zeros_like(value)
+    weight = log_weight.exp()
+    weighted = weight * clamped
+    return weighted, torch.where(inside, weight * derivative, 0.0), torch.where(inside, weighted, 0.0)
+
+
+def _evaluate(
+    logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None, options: KLOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs, ref_logprobs = logprobs.double(), ref_logprobs.double()
+    # equal log-probabilities give 0, also where both are -inf
+    d = torch.where(logprobs == ref_logprobs, 0.0, logprobs - ref_logprobs)
+    log_weight = None if old_logprobs is None else logprobs - old_logprobs.double()
+    clamped_ratio = (d < options.log_ratio_low) | (d > options.log_ratio_high)
+    kl, own, through_weight = clamp_and_weigh(estimate(d, options), slope(d, options), log_weight, options)
+    return kl, own, torch.where(clamped_ratio, 0.0, through_weight)
+
+
+def forward(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, old_logprobs: Tensor | None, options: KLOptions
+) -> Tensor:
+    kl, _, _ = _evaluate(logprobs, ref_logprobs, old_logprobs, options)
+    if mask is not None:
+        kl = torch.where(mask, kl, 0.0)
+    fp64 = torch.float64 in (logprobs.dtype, ref_logprobs.dtype)
+    return kl if fp64 else kl.float()
+
+
+def backward(
+    grad: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    options: KLOptions,
+) -> tuple[Tensor, Tensor]:
+    _, own, through_weight = _evaluate(logprobs, ref_logprobs, old_logprobs, options)
+    grad = grad.double()
+    to_logprobs, to_ref = grad * (own + through_weight), -grad * own
+    if mask is not None:
+        to_logprobs, to_ref = torch.where(mask, to_logprobs, 0.0), torch.where(mask, to_ref, 0.0)
+    return to_logprobs.to(logprobs.dtype), to_ref.to(ref_logprobs.dtype)

@@ -1,0 +1,1 @@
+"""What the ops mean: public functions, their checks and their gradients."""

@@ -1,0 +1,32 @@
+"""What the ops' autograd functions share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    """The identity on a first derivative; differentiating it again raises."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, gradient: Tensor, *sources: Tensor) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(f"lsc_kernels.{ctx.op} has a first derivative only; it was differentiated twice")
+
+
+def first_derivative(op: str, gradient: Tensor | None, *sources: Tensor | None) -> Tensor | None:
+    """Make ``gradient``, a function of ``sources``, raise a clear error when it is differentiated in its turn.
+
+    Only ``create_graph=True`` turns gradients on in a backward pass; otherwise this returns ``gradient`` as it is.
+    """
+    if gradient is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradient
+    result: Tensor = _FirstDerivativeOnly.apply(op, gradient, *(source for source in sources if source is not None))
+    return result

@@ -1,0 +1,165 @@
+"""Per-token KL between policy and reference policy, with both log-probabilities and the entropy, from one read."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lsc_kernels.backends import select
+from lsc_kernels.eager.kl_from_logprobs import KLOptions
+from lsc_kernels.ops import _checks
+from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops.kl_from_logprobs import kl_options
+
+
+class TokenKL(NamedTuple):
+    """Outputs of :func:`token_kl`, each of the shape of ``actions``, in nats; ``entropy`` is the policy's."""
+
+    kl: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+
+
+KINDS = ("k1", "abs", "k2", "k3", "full", "full_reverse")
+
+
+def token_kl(
+    policy_logits: Tensor,
+    ref_logits: Tensor,
+    actions: Tensor,
+    *,
+    kl: str = "k3",
+    grad: str = "autograd",
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    log_ratio_clamp: tuple[float, float] | None = None,
+    kl_clamp: tuple[float, float] | None = None,
+    old_logprobs: Tensor | None = None,
+    process_group: object = None,
+) -> TokenKL:
+    r"""KL of the policy from the reference at each token, both log-probabilities and the policy's entropy.
+
+    With :math:`p = \mathrm{softmax}(x/\tau)`, :math:`q = \mathrm{softmax}(y/\tau)`, :math:`d = \log p_a - \log q_a`:
+
+    ================  =====================================================
+    ``kl``            value
+    ================  =====================================================
+    ``k1``            :math:`d`
+    ``abs``           :math:`|d|`
+    ``k2``            :math:`d^2 / 2`
+    ``k3``            :math:`e^{-d} - 1 + d`
+    ``full``          :math:`\sum_v p_v (\log p_v - \log q_v)`
+    ``full_reverse``  :math:`\sum_v q_v (\log q_v - \log p_v)`
+    ================  =====================================================
+
+    Each logit of both models is read once, and the forward pass makes no [..., V] tensor. The result stays accurate
+    when the two models nearly agree: it is never negative for ``full``, and exactly 0 for equal logits.
+
+    Args:
+        policy_logits: x, [..., V]; fp32, bf16, fp16, or fp64 (computed in fp64). Any strides.
+        ref_logits: y, of the same shape; its dtype may differ.
+        actions: a, [...], int64 or int32 ids in [0, V). ``-100`` leaves a position out.
+        kl: the kind, see above.
+        grad: ``autograd``, or ``straight_through``: the value of ``kl`` with the gradient of ``k2``, which is unbiased
+            on policy.
+        temperature: :math:`\tau` > 0 for both models, a float or a tensor [...]; not differentiated.
+        mask: [...], bool, int or float; nonzero positions count, the others give 0 and get exactly zero gradient.
+        log_ratio_clamp: (low, high) on d before anything else; only for k1, abs, k2, k3.
+        kl_clamp: (low, high) on the value. A clamped element has gradient exactly 0.
+        old_logprobs: [...]; multiplies the (clamped) value by exp(log p_a - old), gradient included. A constant: it
+            gets no gradient itself.
+        process_group: not in this version; must be None.
+
+    Returns:
+        ``TokenKL(kl, logprobs, ref_logprobs, entropy)``, each [...], fp32 (fp64 for fp64 input), in nats. A column at
+        -inf in both models counts for nothing; at -inf in the reference alone, where p > 0, ``full`` is +inf. A row
+        with NaN or +inf, or all -inf, is NaN in that row only.
+
+    Gradients:
+        To ``policy_logits``, and to ``ref_logits`` if it requires grad, each in its dtype. First derivative only.
+
+    Raises:
+        TypeError: a dtype that is not supported.
+        ValueError: shapes that do not match, devices that differ, an unknown ``kl`` or ``grad``, a bad clamp, a
+            temperature that is not finite and positive.
+        IndexError: an action outside [0, V), on the CPU; on a GPU that row is NaN.
+
+    Source:
+        The estimators: J. Schulman, "Approximating KL Divergence" (2020).
+
+    Example:
+        >>> import torch, lsc_kernels as lk
+        >>> policy = torch.tensor([[1.0, 0.0, 0.0]])
+        >>> ref = torch.tensor([[0.0, 0.0, 0.0]])
+        >>> out = lk.token_kl(policy, ref, torch.tensor([0]), kl="full")
+        >>> round(out.kl.item(), 4), round(out.logprobs.item(), 4), round(out.ref_logprobs.item(), 4)
+        (0.1232, -0.5514, -1.0986)
+    """
+    _checks.floating("policy_logits", policy_logits)
+    _checks.floating("ref_logits", ref_logits)
+    _checks.integer("actions", actions)
+    if policy_logits.dim() == 0 or policy_logits.shape[-1] == 0:
+        raise ValueError(f"policy_logits must be [..., V] with V > 0; got {list(policy_logits.shape)}")
+    _checks.shape("ref_logits", ref_logits, policy_logits.shape, "policy_logits")
+    _checks.same_device("ref_logits", ref_logits, "policy_logits", policy_logits)
+    rows = policy_logits.shape[:-1]
+    _checks.shape("actions", actions, rows, "policy_logits without its last dimension")
+    _checks.same_device("actions", actions, "policy_logits", policy_logits)
+    counted = _checks.counted("mask", mask, rows, "actions", policy_logits.device)
+    temperature = _checks.temperature(temperature, rows, policy_logits.device)
+    options = kl_options(kl, grad, log_ratio_clamp, kl_clamp, KINDS)
+    old_logprobs = _checks.old_logprobs(old_logprobs, rows, "actions", policy_logits.device)
+    _checks.no_process_group(process_group)
+
+    kernels = select("token_kl", policy_logits, ref_logits)
+    arguments = (policy_logits, ref_logits, actions, counted, old_logprobs, temperature, options)
+    if torch.is_grad_enabled() and (policy_logits.requires_grad or ref_logits.requires_grad):
+        outputs = _TokenKL.apply(kernels, *arguments)
+    else:
+        outputs = kernels.forward(*arguments)
+    return TokenKL(*outputs[:4])
+
+
+class _TokenKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        policy_logits: Tensor,
+        ref_logits: Tensor,
+        actions: Tensor,
+        mask: Tensor | None,
+        old_logprobs: Tensor | None,
+        temperature: float | Tensor,
+        options: KLOptions,
+    ) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = kernels.forward(
+            policy_logits, ref_logits, actions, mask, old_logprobs, temperature, options
+        )
+        state = outputs[-1]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(state)
+        per_row = temperature if isinstance(temperature, Tensor) else None
+        ctx.save_for_backward(policy_logits, ref_logits, actions, mask, old_logprobs, per_row, state)
+        ctx.kernels, ctx.options, ctx.temperature = kernels, options, temperature if per_row is None else 1.0
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        policy_logits, ref_logits, actions, mask, old_logprobs, per_row, state = ctx.saved_tensors
+        temperature = ctx.temperature if per_row is None else per_row
+        want_policy, want_ref = ctx.needs_input_grad[1:3]
+        with torch.no_grad():
+            grad_policy, grad_ref = ctx.kernels.backward(
+                *grads[:4],
+                *(policy_logits, ref_logits, actions, mask, old_logprobs, temperature, ctx.options, state),
+                *(want_policy, want_ref),
+            )
+        sources = (*grads[:4], policy_logits, ref_logits)
+        grad_policy = first_derivative("token_kl", grad_policy, *sources)
+        grad_ref = first_derivative("token_kl", grad_ref, *sources)
+        return None, grad_policy, grad_ref, None, None, None, None, None

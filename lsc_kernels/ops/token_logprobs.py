@@ -1,0 +1,106 @@
+"""Log-probability of the sampled action and entropy of the policy, from one read of the logits."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lsc_kernels.backends import select
+from lsc_kernels.ops import _checks
+from lsc_kernels.ops._autograd import first_derivative
+
+
+class TokenLogprobs(NamedTuple):
+    """Outputs of :func:`token_logprobs`, each of the shape of ``actions``, in nats."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def token_logprobs(
+    logits: Tensor,
+    actions: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    process_group: object = None,
+) -> TokenLogprobs:
+    r"""Log-probabilities of the actions and the entropy, in one read of the logits.
+
+    With :math:`p = \mathrm{softmax}(x / \tau)`, returns :math:`\log p_a` and :math:`-\sum_v p_v \log p_v`.
+
+    Args:
+        logits: x, [..., V]; fp32, bf16, fp16, or fp64 (computed in fp64). Any strides.
+        actions: a, [...], int64 or int32 ids in [0, V). ``-100`` leaves a position out.
+        temperature: :math:`\tau` > 0, a float or a tensor [...]; not differentiated.
+        mask: [...], bool, int or float; nonzero positions count, the others give 0 and get exactly zero gradient.
+        process_group: not in this version; must be None.
+
+    Returns:
+        ``TokenLogprobs(logprobs, entropy)``, each [...], fp32 (fp64 for fp64 logits), in nats. The forward pass makes
+        no [..., V] tensor. A column at -inf counts for nothing; a row with NaN or +inf, or all -inf, is NaN.
+
+    Gradients:
+        To ``logits``, in its dtype: :math:`\partial \log p_a / \partial x_v = (1[v=a] - p_v) / \tau`,
+        :math:`\partial H / \partial x_v = -p_v (\log p_v + H) / \tau`. First derivative only.
+
+    Raises:
+        TypeError: a dtype that is not supported.
+        ValueError: shapes that do not match, devices that differ, a temperature that is not finite and positive.
+        IndexError: an action outside [0, V), on the CPU; on a GPU that row is NaN.
+
+    Example:
+        >>> import torch, lsc_kernels as lk
+        >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0]])
+        >>> out = lk.token_logprobs(logits, torch.tensor([2]))
+        >>> [round(x.item(), 4) for x in out]
+        [-1.3863, 1.3863]
+    """
+    _checks.floating("logits", logits)
+    _checks.integer("actions", actions)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V > 0; got {list(logits.shape)}")
+    rows = logits.shape[:-1]
+    _checks.shape("actions", actions, rows, "logits without its last dimension")
+    _checks.same_device("actions", actions, "logits", logits)
+    counted = _checks.counted("mask", mask, rows, "actions", logits.device)
+    temperature = _checks.temperature(temperature, rows, logits.device)
+    _checks.no_process_group(process_group)
+
+    kernels = select("token_logprobs", logits)
+    if logits.requires_grad and torch.is_grad_enabled():
+        logprobs, entropy, _ = _TokenLogprobs.apply(kernels, logits, actions, counted, temperature)
+    else:
+        logprobs, entropy, _ = kernels.forward(logits, actions, counted, temperature)
+    return TokenLogprobs(logprobs, entropy)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        logits: Tensor,
+        actions: Tensor,
+        mask: Tensor | None,
+        temperature: float | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs, entropy, state = kernels.forward(logits, actions, mask, temperature)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(state)
+        per_row = temperature if isinstance(temperature, Tensor) else None
+        ctx.save_for_backward(logits, actions, mask, per_row, state)
+        ctx.kernels, ctx.temperature = kernels, temperature if per_row is None else 1.0
+        return logprobs, entropy, state
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None) -> tuple[Any, ...]:
+        logits, actions, mask, per_row, state = ctx.saved_tensors
+        temperature = ctx.temperature if per_row is None else per_row
+        with torch.no_grad():
+            grad = ctx.kernels.backward(grad_logprobs, grad_entropy, logits, actions, mask, temperature, state)
+        grad = first_derivative("token_logprobs", grad, grad_logprobs, grad_entropy, logits)
+        return None, grad, None, None, None
