@@ -17,9 +17,9 @@ namespace py = pybind11;
 
 namespace {
 
-std::vector<std::string> isa_names() {
+std::vector<std::string> names(const std::vector<lsc::Isa>& isas) {
   std::vector<std::string> names;
-  for (lsc::Isa each : lsc::supported_isas()) names.emplace_back(lsc::isa_name(each));
+  for (lsc::Isa each : isas) names.emplace_back(lsc::isa_name(each));
   return names;
 }
 
@@ -29,6 +29,7 @@ py::dict build_info() {
   info["version"] = LSC_VERSION;
   info["compiler"] = LSC_COMPILER;
   info["cxx_flags"] = LSC_CXX_FLAGS;
+  info["isas"] = names(lsc::built_isas());
   info["torch_headers"] = TORCH_VERSION;
   info["torch_minimum"] = std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
   info["pybind11"] =
@@ -41,7 +42,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of lsc_kernels.";
   module.def("isa", [] { return lsc::isa_name(lsc::isa()); }, "The instruction set the CPU kernels use.");
-  module.def("isas", &isa_names, "The instruction sets built into this binary that run here, slowest first.");
+  module.def("isas", [] { return names(lsc::supported_isas()); },
+             "The instruction sets built into this binary that run here, slowest first.");
   module.def("set_isa", [](const std::string& name) { lsc::set_isa(name); }, py::arg("name"),
              "Use another instruction set from now on: 'auto' or one of isas().");
   module.def("cuda_architectures", [] { return std::vector<std::string>{}; },

@@ -71,24 +71,19 @@ const char* isa_name(Isa isa) {
   return "unknown";
 }
 
+std::vector<Isa> built_isas() {
+  return {Isa::baseline, LSC_IF_AVX2(Isa::avx2, ) LSC_IF_AVX512(Isa::avx512)};
+}
+
 bool machine_supports(Isa isa) {
-  switch (isa) {
-    case Isa::baseline: return true;
-#ifdef LSC_HAVE_AVX2
-    case Isa::avx2: return has_avx2();
-#endif
-#ifdef LSC_HAVE_AVX512
-    case Isa::avx512: return has_avx512();
-#endif
-    default: return false;
-  }
+  LSC_IF_AVX2(if (isa == Isa::avx2) return has_avx2();)
+  LSC_IF_AVX512(if (isa == Isa::avx512) return has_avx512();)
+  return isa == Isa::baseline;
 }
 
 std::vector<Isa> supported_isas() {
-  std::vector<Isa> runnable;
-  for (Isa each : kAll) {
-    if (machine_supports(each)) runnable.push_back(each);
-  }
+  std::vector<Isa> runnable = built_isas();
+  std::erase_if(runnable, [](Isa each) { return !machine_supports(each); });
   return runnable;
 }
 

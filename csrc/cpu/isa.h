@@ -31,7 +31,8 @@ const char* isa_name(Isa isa);
 // Compiled into this binary, and runnable here.
 bool machine_supports(Isa isa);
 
-// All that machine_supports, slowest first.
+// All that are compiled into this binary, and all of those that run here; slowest first.
+std::vector<Isa> built_isas();
 std::vector<Isa> supported_isas();
 
 }  // namespace lsc
@@ -60,11 +61,10 @@ std::vector<Isa> supported_isas();
 //
 //     auto* rows = LSC_DISPATCH_ISA(lsc_transform_rows);
 //     auto* typed = LSC_DISPATCH_ISA(token_kl_rows<float, float>);
-#define LSC_DISPATCH_ISA(...)                                                           \
-  ([] {                                                                                 \
-    const ::lsc::Isa lsc_isa_in_use = ::lsc::isa();                                     \
+#define LSC_DISPATCH_ISA(...)                                                                    \
+  ([] {                                                                                          \
+    [[maybe_unused]] const ::lsc::Isa lsc_isa_in_use = ::lsc::isa();                             \
     LSC_IF_AVX512(if (lsc_isa_in_use == ::lsc::Isa::avx512) return &::lsc::avx512::__VA_ARGS__;) \
     LSC_IF_AVX2(if (lsc_isa_in_use == ::lsc::Isa::avx2) return &::lsc::avx2::__VA_ARGS__;)       \
-    (void)lsc_isa_in_use;                                                               \
-    return &::lsc::baseline::__VA_ARGS__;                                               \
+    return &::lsc::baseline::__VA_ARGS__;                                                        \
   }())

@@ -1,0 +1,101 @@
+"""The command ``lsc-kernels``: finds the subcommand, runs it, and turns a user's mistake into one line.
+
+A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``, the exit code. Only the
+one that is called is imported: ``info`` must work where the extras of ``score`` are not installed.
+
+Exit codes: 0 done, 2 the user can put it right (one line on stderr says what and where), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import lsc_kernels
+from lsc_kernels.errors import UserError
+
+# What `--help` says of each, beside its name; it lives in the module lsc_kernels.<name>.
+COMMANDS = {
+    "info": "what is installed, which backend serves which device, how to get what is missing",
+    "demo": "train, score and time everything on small models made on the spot, offline",
+    "score": "rewards, utilities and KL for every response of a data set",
+    "bench": "time the ops on this machine against eager PyTorch and torch.compile",
+}
+
+# Which extra brings a module that a subcommand may find missing.
+EXTRAS = {
+    "transformers": "hf",
+    "tokenizers": "hf",
+    "datasets": "hf",
+    "pyarrow": "hf",
+    "rich": "hf",
+    "matplotlib": "plot",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong option in one line, without the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (`{self.prog} --help` lists the options)\n")
+
+
+def build_parser(command: str | None) -> Parser:
+    """The parser with all subcommands, of which only ``command`` knows its options."""
+    parser = Parser(prog="lsc-kernels", description="Fused kernels for the reward half of an RLHF step.")
+    parser.add_argument("--version", action="version", version=f"lsc-kernels {lsc_kernels.__version__}")
+    subcommands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        description = summary[0].upper() + summary[1:] + "."
+        subparser = subcommands.add_parser(name, help=summary, description=description)
+        if name == command:
+            module = importlib.import_module(f"lsc_kernels.{name}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def explain(error: Exception) -> str | None:
+    """The line that tells a user's mistake; None for an error that is not the user's."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in EXTRAS:
+            return f"{package} is not installed; get it with: pip install 'lsc-kernels[{EXTRAS[package]}]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``lsc-kernels`` with these arguments (default: those of the process); returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv else None
+    try:
+        args = build_parser(command).parse_args(argv)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except (
+        BrokenPipeError
+    ):  # whoever read the output has seen enough; Python's flush at exit must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        print(f"lsc-kernels {command}: error: {line}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
