@@ -148,12 +148,8 @@ def render(facts: dict[str, Any]) -> str:
     ]
     if facts["extension"]["available"]:
         build = facts["extension"]["build"]
-        rows.append(
-            (
-                "extension",
-                f"{build['compiler']}, headers of torch {build['torch_headers']}, runs on >= {build['torch_minimum']}",
-            )
-        )
+        built_with = f"built by {build['compiler']} with the headers of torch {build['torch_headers']}"
+        rows.append(("extension", f"{built_with}, for torch >= {build['torch_minimum']}"))
     rows.append(("", ""))
     for extra, modules in facts["extras"].items():
         rows.append(

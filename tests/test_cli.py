@@ -1,0 +1,173 @@
+"""The command line: what it prints, and that a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import lsc_kernels as lk
+from lsc_kernels import cli, native
+from lsc_kernels.errors import UserError
+
+
+def lsc_kernels(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    command = [sys.executable, "-m", "lsc_kernels.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=300)
+
+
+def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_info_text() -> None:
+    done = lsc_kernels("info")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for words in (
+        lk.__version__,
+        "cpu: native",
+        "cuda: native",
+        "instruction set",
+        "CUDA architectures",
+        "threads",
+    ):
+        assert words in done.stdout
+
+
+def test_info_json() -> None:
+    done = lsc_kernels("info", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["versions"]["lsc_kernels"] == lk.__version__
+    assert facts["backends"] == lk.backends()
+    assert facts["extension"]["available"] is (native.UNAVAILABLE is None)
+    assert facts["cpu"]["threads"] >= 1
+    assert facts["cuda"]["architectures"] == []
+
+
+def test_info_tells_why_there_is_no_extension_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lsc_kernels import info
+
+    monkeypatch.setattr(native, "UNAVAILABLE", "no working C++ compiler was found when it was installed")
+    facts = info.collect()
+    text = info.render(facts)
+    assert facts["cpu"]["isa"] is None and facts["extension"]["build"] is None
+    assert "none: the CPU kernels are not built" in text
+    assert facts["backends"]["cpu"]["native"] in text
+    assert any("LSC_KERNELS_BUILD=cpu pip install" in line for line in facts["advice"])
+    json.dumps(facts)
+
+
+@pytest.mark.skipif(native.UNAVAILABLE is not None, reason=str(native.UNAVAILABLE))
+def test_instruction_set_can_be_chosen() -> None:
+    from lsc_kernels import _C
+
+    for isa in _C.isas():
+        facts = json.loads(lsc_kernels("info", "--json", LSC_KERNELS_CPU=isa).stdout)
+        assert facts["cpu"]["isa"] == isa
+        assert facts["environment"]["LSC_KERNELS_CPU"] == isa
+    for automatic in ("auto", ""):
+        facts = json.loads(lsc_kernels("info", "--json", LSC_KERNELS_CPU=automatic).stdout)
+        assert facts["cpu"]["isa"] == _C.isas()[-1]
+    for unavailable in set(_C.build_info()["isas"]) - set(_C.isas()):
+        assert_user_error(lsc_kernels("info", LSC_KERNELS_CPU=unavailable), "LSC_KERNELS_CPU", unavailable)
+
+
+@pytest.mark.skipif(native.UNAVAILABLE is not None, reason=str(native.UNAVAILABLE))
+def test_unknown_instruction_set() -> None:
+    assert_user_error(lsc_kernels("info", LSC_KERNELS_CPU="sse9"), "LSC_KERNELS_CPU", "'sse9'", "baseline")
+
+
+def test_unknown_backend() -> None:
+    assert_user_error(
+        lsc_kernels("info", LSC_KERNELS_BACKEND="warp"), "LSC_KERNELS_BACKEND", "'warp'", "eager"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), ["COMMAND"]),
+        (("calibrate-all",), ["'calibrate-all'", "score"]),
+        (("info", "--yaml"), ["--yaml"]),
+    ],
+)
+def test_wrong_arguments(args: tuple[str, ...], words: list[str]) -> None:
+    assert_user_error(lsc_kernels(*args), *words)
+
+
+@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
+def test_help(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main([*filter(None, [command]), "--help"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: lsc-kernels")
+
+
+def test_version() -> None:
+    assert lsc_kernels("--version").stdout == f"lsc-kernels {lk.__version__}\n"
+
+
+def test_reader_that_stops_reading() -> None:
+    command = [sys.executable, "-m", "lsc_kernels.cli", "info"]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def call_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of ``lsc-kernels score`` when its work ends in ``error``."""
+
+    def run(args: object) -> int:
+        raise error
+
+    score = SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setitem(sys.modules, "lsc_kernels.score", score)
+    return cli.main(["score"])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("data.jsonl: 3 lines, none of them good"), "data.jsonl: 3 lines, none of them good"),
+        (
+            FileNotFoundError(2, "No such file or directory", "nowhere.jsonl"),
+            "nowhere.jsonl: No such file or directory",
+        ),
+        (
+            ModuleNotFoundError("No module named 'pyarrow.parquet'", name="pyarrow.parquet"),
+            "pyarrow is not installed; get it with: pip install 'lsc-kernels[hf]'",
+        ),
+    ],
+)
+def test_mistakes_of_the_user(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call_with(error, monkeypatch) == 2
+    assert capsys.readouterr().err == f"lsc-kernels score: error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("a bug"), OSError("no file named"), ModuleNotFoundError("ours", name="lsc_kernels.typo")],
+)
+def test_our_mistakes_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(type(error)):
+        call_with(error, monkeypatch)
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_with(KeyboardInterrupt(), monkeypatch) == 130
+    assert capsys.readouterr().err.strip() == ""
