@@ -59,6 +59,14 @@ def build_parser(command: str | None) -> Parser:
     return parser
 
 
+def check_environment() -> None:
+    """Refuse a wrong ``LSC_KERNELS_...`` variable, which an import lets pass until the first op is called."""
+    try:
+        lsc_kernels.get_backend()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def explain(error: Exception) -> str | None:
     """The line that tells a user's mistake; None for an error that is not the user's."""
     if isinstance(error, UserError):
@@ -78,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = argv[0] if argv else None
     try:
         args = build_parser(command).parse_args(argv)
+        check_environment()
         code: int = args.run(args)
         sys.stdout.flush()
         return code
