@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from lsc_kernels.eager import kl_from_logprobs, token_kl, token_logprobs
+from lsc_kernels.eager import (
+    aggregate_rewards,
+    kl_from_logprobs,
+    lsc_transform,
+    reward_head,
+    token_kl,
+    token_logprobs,
+    token_rewards,
+)
 
 OPS: dict[str, ModuleType] = {
+    "aggregate_rewards": aggregate_rewards,
     "kl_from_logprobs": kl_from_logprobs,
+    "lsc_transform": lsc_transform,
+    "reward_head": reward_head,
     "token_kl": token_kl,
     "token_logprobs": token_logprobs,
+    "token_rewards": token_rewards,
 }

@@ -40,16 +40,22 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; got {value.device}")
 
 
-def counted(name: str, mask: object, wanted: Sequence[int], meaning: str, device: torch.device) -> Tensor | None:
-    """A mask as bool: nonzero counts. None stays None."""
-    if mask is None:
+def mask(name: str, value: object, wanted: Sequence[int], meaning: str, device: torch.device) -> Tensor | None:
+    """A mask of any kind, as it is. None stays None."""
+    if value is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a tensor (bool, int or float; nonzero counts); got {type(mask).__name__}")
-    shape(name, mask, wanted, meaning)
-    if mask.device != device:
-        raise ValueError(f"{name} must be on {device}; got {mask.device}")
-    return mask if mask.dtype is torch.bool else mask != 0
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor (bool, int or float; nonzero counts); got {type(value).__name__}")
+    shape(name, value, wanted, meaning)
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}; got {value.device}")
+    return value
+
+
+def counted(name: str, value: object, wanted: Sequence[int], meaning: str, device: torch.device) -> Tensor | None:
+    """A mask as bool: nonzero counts. None stays None."""
+    checked = mask(name, value, wanted, meaning, device)
+    return checked if checked is None or checked.dtype is torch.bool else checked != 0
 
 
 def no_grad(name: str, value: Tensor) -> None:
