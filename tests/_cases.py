@@ -1,0 +1,128 @@
+"""Pairs of policy and reference logits that a fused kernel can get wrong, and actions for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+KINDS = ("k1", "abs", "k2", "k3", "full", "full_reverse")
+SAMPLED_KINDS = KINDS[:4]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+VOCABULARIES = (1, 2, 7, 1000, 32001, 151936)
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _near(size: float, std: float = 3.0) -> Callable[[Tensor, Tensor], Pair]:
+    return lambda a, b: (std * a, std * a + size * b)
+
+
+def _shift(policy: float, ref: float, size: float) -> Callable[[Tensor, Tensor], Pair]:
+    return lambda a, b: (3 * a + policy, 3 * a + ref + size * b)
+
+
+def _at_largest(x: Tensor, change: float) -> Tensor:
+    change_ = torch.zeros_like(x)
+    return change_.scatter_(-1, x.argmax(-1, keepdim=True), change) if x.numel() else change_
+
+
+def _outlier_at_largest(change: float) -> Callable[[Tensor, Tensor], Pair]:
+    """The token that carries the policy has a log ratio unlike all the others'."""
+    return lambda a, b: (3 * a, 3 * a + 1e-3 * b + _at_largest(a, change))
+
+
+def _outlier_elsewhere(a: Tensor, b: Tensor) -> Pair:
+    """The reference is sure of a token the policy hardly knows."""
+    return 3 * a, 3 * a + 1e-2 * b + _at_largest(b, 60.0)
+
+
+def _ramp(rise: float) -> Callable[[Tensor, Tensor], Pair]:
+    """The largest logit so far changes all along the row."""
+
+    def pair(a: Tensor, b: Tensor) -> Pair:
+        slope = torch.linspace(0.0, rise, a.shape[-1])
+        return 3 * a + slope, 3 * a + slope + 0.1 * b
+
+    return pair
+
+
+def _steps(a: Tensor, b: Tensor) -> Pair:
+    """Each stretch of 1024 columns has its own height, and in the reference another one."""
+    stretch = torch.arange(a.shape[-1]) // 1024
+    return 3 * a + 40 * torch.sin(7.0 * stretch), 3 * a + 40 * torch.sin(7.0 * stretch + 0.02 * stretch) + 1e-2 * b
+
+
+def _disjoint(a: Tensor, b: Tensor) -> Pair:
+    """Policy and reference put their mass where the other has none, by more than 100 nats."""
+    first_half = torch.arange(a.shape[-1]) < (a.shape[-1] + 1) // 2
+    return 3 * a + 60 * first_half, 3 * b - 60 * first_half
+
+
+def _spike(ref_spike: float) -> Callable[[Tensor, Tensor], Pair]:
+    """One token is 1e4 above all others in the policy."""
+    return lambda a, b: (3 * a + _at_largest(a, 1e4), 3 * a + 0.1 * b + _at_largest(a, ref_spike))
+
+
+REGIMES: dict[str, Callable[[Tensor, Tensor], Pair]] = {
+    "independent": lambda a, b: (3 * a, 3 * b),
+    "near_1": _near(1.0),
+    "near_1e-1": _near(1e-1),
+    "near_1e-2": _near(1e-2),
+    "near_1e-3": _near(1e-3),
+    "near_1e-4": _near(1e-4),
+    "near_1e-5": _near(1e-5),
+    "equal": _near(0.0),
+    "confident": _near(0.1, std=12.0),
+    "confident_near": _near(1e-4, std=12.0),
+    "confident_independent": lambda a, b: (12 * a, 12 * b),
+    "shift_777": _shift(777.0, 777.0, 1e-2),
+    "shift_1e4": _shift(1e4, 1e4, 1e-1),
+    "shift_ref_777": _shift(0.0, 777.0, 1e-3),
+    "shift_ref_-1e4": _shift(0.0, -1e4, 1e-1),
+    "shift_apart_1e4": _shift(-1e4, 1e4, 1e-1),
+    "outlier_at_largest": _outlier_at_largest(-4.0),
+    "outlier_at_largest_small": _outlier_at_largest(0.05),
+    "outlier_at_largest_40": _outlier_at_largest(-40.0),
+    "outlier_elsewhere": _outlier_elsewhere,
+    "ramp_up": _ramp(300.0),
+    "ramp_down": _ramp(-300.0),
+    "steps": _steps,
+    "disjoint": _disjoint,
+    "spike": _spike(1e4),
+    "spike_less_3": _spike(1e4 - 3),
+}
+
+
+def normal(generator: Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+def logit_pair(
+    generator: Generator, regime: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Pair:
+    """Policy and reference logits [*shape]; fp64 ones hold what fp32 cannot."""
+    draw = torch.float64 if dtype is torch.float64 else torch.float32
+    policy, ref = REGIMES[regime](
+        torch.randn(shape, generator=generator, dtype=draw), torch.randn(shape, generator=generator, dtype=draw)
+    )
+    return policy.to(dtype), ref.to(dtype)
+
+
+def sampled_actions(generator: Generator, policy: Tensor) -> Tensor:
+    """Actions the policy would take; every third is any token instead, and the vocabulary's ends occur."""
+    *rows, vocabulary = policy.shape
+    p = torch.softmax(policy.double(), -1).reshape(-1, vocabulary)
+    likely = torch.multinomial(p, 1, generator=generator).squeeze(-1)
+    anything = torch.randint(0, vocabulary, likely.shape, generator=generator)
+    actions = torch.where(torch.arange(len(likely)) % 3 == 0, anything, likely)
+    for position, action in enumerate((0, vocabulary - 1)):
+        if position < len(actions) - 4:
+            actions[position] = action
+    return actions.reshape(rows)
+
+
+def rows_for(vocabulary: int) -> int:
+    """As many rows as keep a case quick."""
+    return max(2, min(48, 100_000 // vocabulary))

@@ -1,0 +1,529 @@
+"""token_kl on every backend: values, gradients, and what surrounds them."""
+
+from __future__ import annotations
+
+import mpmath
+import pytest
+import torch
+from torch import Generator, Tensor
+
+import _truth as truth
+import lsc_kernels as lk
+from _cases import DTYPES, KINDS, REGIMES, SAMPLED_KINDS, VOCABULARIES, logit_pair, rows_for, sampled_actions
+from _check import check_token_kl, check_token_kl_gradients
+
+HARD = [regime for regime in REGIMES if not regime.startswith("near")]
+
+
+def inputs(
+    generator: Generator, regime: str, rows: int, vocabulary: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    policy, ref = logit_pair(generator, regime, (rows, vocabulary), dtype)
+    return policy, ref, sampled_actions(generator, policy)
+
+
+class TestTruth:
+    """The fp64 truth is far more exact than what is promised, checked with 60 digits."""
+
+    @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4, 1e-5])
+    def test_against_60_digits(self, generator: Generator, size: float) -> None:
+        policy = 3 * torch.randn(1, 50, generator=generator)
+        ref = policy + size * torch.randn(1, 50, generator=generator) + 100 * size
+        with mpmath.workdps(60):
+            x, y = [mpmath.mpf(v) for v in policy[0].tolist()], [mpmath.mpf(v) for v in ref[0].tolist()]
+            log_zx, log_zy = (mpmath.log(mpmath.fsum(mpmath.exp(v) for v in row)) for row in (x, y))
+            log_p, log_q = [v - log_zx for v in x], [v - log_zy for v in y]
+            pairs = list(zip(log_p, log_q, strict=True))
+            exact = {
+                "full": mpmath.fsum(mpmath.exp(p) * (p - q) for p, q in pairs),
+                "full_reverse": mpmath.fsum(mpmath.exp(q) * (q - p) for p, q in pairs),
+                "k1": log_p[3] - log_q[3],
+                "k3": mpmath.exp(log_q[3] - log_p[3]) - 1 + log_p[3] - log_q[3],
+            }
+            for kind, value in exact.items():
+                found = truth.token_kl(policy.double(), ref.double(), torch.tensor([3]), kl=kind).kl.item()
+                error = abs(mpmath.mpf(found) - value)
+                allowed = 1e-9 * abs(value) if kind.startswith("full") else 1e-14
+                assert error <= allowed, f"{kind}: {found} is off by {mpmath.nstr(error, 3)}"
+
+
+class TestValues:
+    @pytest.mark.parametrize("kl", KINDS)
+    @pytest.mark.parametrize("regime", REGIMES)
+    def test_regimes(self, backend: str, generator: Generator, regime: str, kl: str) -> None:
+        for dtype in DTYPES[:2]:
+            for vocabulary in (7, 4999):
+                policy, ref, actions = inputs(generator, regime, 24 if vocabulary == 7 else 8, vocabulary, dtype)
+                check_token_kl(policy, ref, actions, kl=kl, name=f"{regime} V={vocabulary} {dtype} {kl}")
+
+    @pytest.mark.parametrize("vocabulary", VOCABULARIES)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_vocabularies(self, backend: str, generator: Generator, vocabulary: int, dtype: torch.dtype) -> None:
+        for regime in ("independent", "near_1e-2", "near_1e-5", "confident_near"):
+            policy, ref, actions = inputs(generator, regime, rows_for(vocabulary), vocabulary, dtype)
+            for kl in ("k3", "full", "full_reverse"):
+                check_token_kl(policy, ref, actions, kl=kl, name=f"{regime} V={vocabulary} {dtype} {kl}")
+
+    @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float64, torch.bfloat16)])
+    def test_mixed_dtypes(self, backend: str, generator: Generator, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        policy, ref, actions = inputs(generator, "near_1e-1", 12, 3001)
+        policy, ref = policy.to(dtypes[0]), ref.to(dtypes[1])
+        for kl in KINDS:
+            check_token_kl_gradients(policy, ref, actions, generator, kl=kl, combinations=(("kl",),), name=f"{dtypes} {kl}")
+
+    @pytest.mark.parametrize("temperature", [0.05, 0.7, 3.0, "per row"])
+    @pytest.mark.parametrize("regime", ["independent", "near_1e-4", "confident", "shift_1e4", "shift_ref_777", "outlier_at_largest"])
+    def test_temperature(self, backend: str, generator: Generator, regime: str, temperature: float | str) -> None:
+        for dtype in DTYPES[:2]:
+            policy, ref, actions = inputs(generator, regime, 9, 2500, dtype)
+            tau: float | Tensor
+            tau = torch.rand(9, generator=generator) * 2 + 0.1 if isinstance(temperature, str) else temperature
+            for kl in KINDS:
+                check_token_kl(policy, ref, actions, kl=kl, temperature=tau, name=f"{regime} {dtype} {kl}")
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_equal_logits_give_exactly_zero(self, backend: str, generator: Generator, dtype: torch.dtype) -> None:
+        for vocabulary in VOCABULARIES:
+            for scale, temperature in ((3.0, 1.0), (12.0, 0.7)):
+                policy = (scale * torch.randn(rows_for(vocabulary), vocabulary, generator=generator)).to(dtype)
+                actions = sampled_actions(generator, policy)
+                for kl in KINDS:
+                    leaf = policy.clone().requires_grad_()
+                    got = lk.token_kl(leaf, policy.clone(), actions, kl=kl, temperature=temperature)
+                    assert bool((got.kl == 0).all()), f"{kl} V={vocabulary}: {got.kl.abs().max()}"
+                    assert torch.equal(got.logprobs, got.ref_logprobs)
+
+    def test_common_shift_of_one_model_changes_nothing(self, backend: str, generator: Generator) -> None:
+        """Logits on a grid, so that the shift rounds nothing."""
+        policy = (torch.randn(16, 3001, generator=generator) * 3 * 256).round() / 256
+        actions = sampled_actions(generator, policy)
+        for shift in (777.0, -1e4):
+            for kl in KINDS:
+                assert float(lk.token_kl(policy, policy + shift, actions, kl=kl).kl.abs().max()) <= 1e-14
+
+    def test_no_worse_than_twice_pytorch(self, backend: str, generator: Generator) -> None:
+        """Worst error over many rows against the textbook formula at the same dtype, beyond the rounding of the result."""
+        for regime in ("independent", "near_1e-1", "near_1e-3", "confident", "spike", "shift_777"):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                policy, ref, actions = inputs(generator, regime, 64, 2000, dtype)
+                log_p, log_q = torch.log_softmax(policy, -1), torch.log_softmax(ref, -1)
+                index = actions.unsqueeze(-1)
+                p, logprobs, ref_logprobs = log_p.exp(), log_p.gather(-1, index)[:, 0], log_q.gather(-1, index)[:, 0]
+                d = logprobs - ref_logprobs
+                textbook = {
+                    "k1": d, "abs": d.abs(), "k2": d * d / 2, "k3": torch.exp(-d) - 1 + d,
+                    "full": (p * (log_p - log_q)).sum(-1), "full_reverse": (log_q.exp() * (log_q - log_p)).sum(-1),
+                }  # fmt: skip
+                for kl, value in textbook.items():
+                    t = truth.token_kl(policy.double(), ref.double(), actions, kl=kl)
+                    got = lk.token_kl(policy, ref, actions, kl=kl)
+                    plain = truth.TokenKL(value, logprobs, ref_logprobs, -(p * log_p).sum(-1), *t[4:])
+                    for name in ("kl", "logprobs", "ref_logprobs", "entropy"):
+                        true = getattr(t, name)
+                        target = true.float()
+                        fits = target.isfinite()
+                        error = torch.where(fits, (getattr(got, name).double() - true).abs(), 0.0)
+                        reference = torch.where(fits, (getattr(plain, name).double() - true).abs(), 0.0)
+                        limit = 2 * reference.nan_to_num(nan=torch.inf).max() + (target.double() - true).abs().max()
+                        assert error.max() <= limit, f"{regime} {dtype} {kl} {name}: {error.max():.3g}, PyTorch {reference.max():.3g}"
+
+
+class TestGradients:
+    @pytest.mark.parametrize("kl", KINDS)
+    @pytest.mark.parametrize("grad", ["autograd", "straight_through"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_each_output_and_all(
+        self, backend: str, generator: Generator, dtype: torch.dtype, grad: str, kl: str
+    ) -> None:
+        for regime in ("independent", "near_1e-2", "confident", "equal"):
+            for vocabulary in (1, 2, 7, 2500):
+                policy, ref, actions = inputs(generator, regime, 6, vocabulary, dtype)
+                check_token_kl_gradients(policy, ref, actions, generator, kl=kl, grad=grad, name=f"{regime} V={vocabulary} {kl}")
+
+    @pytest.mark.parametrize("regime", REGIMES)
+    def test_regimes(self, backend: str, generator: Generator, regime: str) -> None:
+        for dtype in DTYPES[:2]:
+            policy, ref, actions = inputs(generator, regime, 6, 4999, dtype)
+            for kl in KINDS:
+                check_token_kl_gradients(
+                    policy, ref, actions, generator, kl=kl, combinations=(("kl",), ("kl", "entropy")), name=f"{regime} {dtype} {kl}"
+                )
+
+    @pytest.mark.parametrize("vocabulary", VOCABULARIES[3:])
+    def test_vocabularies(self, backend: str, generator: Generator, vocabulary: int) -> None:
+        policy, ref, actions = inputs(generator, "near_1e-1", rows_for(vocabulary), vocabulary)
+        for kl in ("k3", "full", "full_reverse"):
+            check_token_kl_gradients(policy, ref, actions, generator, kl=kl, combinations=(("kl", "logprobs", "entropy"),))
+
+    @pytest.mark.parametrize("temperature", [0.7, "per row"])
+    def test_temperature(self, backend: str, generator: Generator, temperature: float | str) -> None:
+        for regime in ("near_1e-3", "confident", "shift_ref_777"):
+            policy, ref, actions = inputs(generator, regime, 7, 2500)
+            tau = torch.rand(7, generator=generator) * 2 + 0.1 if isinstance(temperature, str) else temperature
+            for kl in KINDS:
+                check_token_kl_gradients(policy, ref, actions, generator, kl=kl, temperature=tau, name=f"{regime} {kl}")
+
+    def test_reference_gets_a_gradient_only_if_asked(self, backend: str, generator: Generator) -> None:
+        policy, ref, actions = inputs(generator, "near_1e-1", 5, 300)
+        for wants_policy, wants_ref in ((True, False), (False, True)):
+            x, y = policy.clone().requires_grad_(wants_policy), ref.clone().requires_grad_(wants_ref)
+            sum(output.sum() for output in lk.token_kl(x, y, actions, kl="full")).backward()  # type: ignore[union-attr]
+            assert (x.grad is not None, y.grad is not None) == (wants_policy, wants_ref)
+        check_token_kl_gradients(policy, ref, actions, generator, ref_grad=False, kl="k3")
+
+    def test_unused_outputs_cost_nothing(self, backend: str, generator: Generator) -> None:
+        """An infinite k3 that nobody differentiates leaves the other gradients alone."""
+        policy, ref = torch.zeros(1, 3), torch.zeros(1, 3)
+        policy[0, 0] = -250.0
+        leaf = policy.requires_grad_()
+        got = lk.token_kl(leaf, ref, torch.tensor([0]))
+        assert got.kl.isinf().all()
+        got.logprobs.sum().backward()
+        assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
+
+    def test_overflowing_k3(self, backend: str) -> None:
+        """d = -199: value inf, gradient -inf towards the action; clamped before exp: finite, gradient exactly 0."""
+        policy, ref, action = torch.tensor([[-199.0, 0.0]], requires_grad=True), torch.tensor([[0.0, -90.0]]), torch.tensor([0])
+        got = lk.token_kl(policy, ref, action)
+        assert got.kl.item() == torch.inf
+        (gradient,) = torch.autograd.grad(got.kl.sum(), policy)
+        assert gradient[0, 0].item() == -torch.inf
+        clamped = lk.token_kl(policy, ref, action, log_ratio_clamp=(-20.0, 20.0))
+        assert clamped.kl.item() == pytest.approx(485165174.4, rel=1e-6)
+        assert torch.autograd.grad(clamped.kl.sum(), policy)[0].tolist() == [[0.0, 0.0]]
+        after = lk.token_kl(policy, ref, action, kl_clamp=(0.0, 10.0))
+        assert after.kl.item() == 10.0
+        assert torch.autograd.grad(after.kl.sum(), policy)[0].tolist() == [[0.0, 0.0]]
+
+    def test_gradcheck(self, generator: Generator) -> None:
+        policy, ref, actions = inputs(generator, "independent", 3, 5, torch.float64)
+        policy, ref = policy.requires_grad_(), ref.requires_grad_()
+        old = torch.log_softmax(policy.detach(), -1).gather(-1, actions[:, None])[:, 0] + 0.1
+        for kl in KINDS:
+            for options in ({}, {"temperature": 0.7}, {"mask": torch.tensor([1, 0, 1])}, {"old_logprobs": old}):
+                assert torch.autograd.gradcheck(lambda x, y: tuple(lk.token_kl(x, y, actions, kl=kl, **options)), (policy, ref))  # noqa: B023
+
+    def test_second_derivative_raises(self, backend: str, generator: Generator) -> None:
+        policy, ref, actions = inputs(generator, "near_1e-1", 3, 9)
+        policy.requires_grad_()
+        (gradient,) = torch.autograd.grad(lk.token_kl(policy, ref, actions).kl.sum(), policy, create_graph=True)
+        with pytest.raises(RuntimeError, match="token_kl.*(first derivative|twice)"):
+            gradient.sum().backward()
+
+
+class TestOptions:
+    @pytest.mark.parametrize("kl", KINDS)
+    @pytest.mark.parametrize("grad", ["autograd", "straight_through"])
+    @pytest.mark.parametrize("weighted", [False, True], ids=["", "old_logprobs"])
+    @pytest.mark.parametrize("clamps", ["log_ratio", "kl", "both"])
+    def test_clamps_and_ratio(
+        self, backend: str, generator: Generator, kl: str, grad: str, weighted: bool, clamps: str
+    ) -> None:
+        if kl.startswith("full") and clamps != "kl":
+            pytest.skip("a full divergence has no log ratio to clamp")
+        for regime in ("near_1", "near_1e-2", "independent"):
+            policy, ref, actions = inputs(generator, regime, 24, 501)
+            t = truth.token_kl(policy.double(), ref.double(), actions, kl=kl)
+            options: dict[str, object] = {"kl": kl, "grad": grad}
+            if clamps != "kl":
+                options["log_ratio_clamp"] = tuple(torch.quantile(t.d, torch.tensor([0.2, 0.7]).double()).tolist())
+            if clamps != "log_ratio":
+                options["kl_clamp"] = tuple(torch.quantile(t.kl, torch.tensor([0.2, 0.8]).double()).tolist())
+            if weighted:
+                options["old_logprobs"] = (t.logprobs + 0.5 * torch.randn(24, generator=generator)).float()
+            check_token_kl_gradients(
+                policy, ref, actions, generator, combinations=(("kl",), ("kl", "logprobs", "entropy")), name=regime, **options
+            )
+
+    @pytest.mark.parametrize("weighted", [False, True], ids=["", "old_logprobs"])
+    def test_clamped_element_has_exactly_no_gradient(self, backend: str, generator: Generator, weighted: bool) -> None:
+        policy, ref, actions = inputs(generator, "independent", 64, 33)
+        d = truth.token_kl(policy.double(), ref.double(), actions).d
+        old = torch.randn(64, generator=generator) - 3 if weighted else None
+        for kl in SAMPLED_KINDS:
+            for grad in ("autograd", "straight_through"):
+                x, y = policy.clone().requires_grad_(), ref.clone().requires_grad_()
+                lk.token_kl(x, y, actions, kl=kl, grad=grad, log_ratio_clamp=(-0.5, 0.5), old_logprobs=old).kl.sum().backward()
+                outside = d.abs() > 0.501
+                assert outside.any() and x.grad is not None and y.grad is not None
+                assert bool((x.grad[outside] == 0).all()) and bool((y.grad[outside] == 0).all()), (kl, grad)
+                assert bool((x.grad[d.abs() < 0.499] != 0).any(-1).all()), (kl, grad)
+        for kl in KINDS:
+            x = policy.clone().requires_grad_()
+            out = lk.token_kl(x, ref, actions, kl=kl, kl_clamp=(1.0, 2.0), old_logprobs=old).kl
+            out.sum().backward()
+            value = truth.token_kl(policy.double(), ref.double(), actions, kl=kl).kl
+            outside = (value < 0.999) | (value > 2.001)
+            assert outside.any() and x.grad is not None and bool((x.grad[outside] == 0).all()), kl
+
+    def test_old_logprobs_get_no_gradient(self, backend: str, generator: Generator) -> None:
+        policy, ref, actions = inputs(generator, "near_1e-1", 4, 50)
+        old = torch.zeros(4, requires_grad=True)
+        lk.token_kl(policy.requires_grad_(), ref, actions, old_logprobs=old).kl.sum().backward()
+        assert old.grad is None
+
+    @pytest.mark.parametrize("kl", KINDS)
+    def test_straight_through_is_the_value_of_kl_with_the_slope_of_k2(self, backend: str, generator: Generator, kl: str) -> None:
+        policy, ref, actions = inputs(generator, "near_1", 8, 100)
+        x, y = policy.clone().requires_grad_(), policy.clone().requires_grad_()
+        straight = lk.token_kl(x, ref, actions, kl=kl, grad="straight_through")
+        assert torch.equal(straight.kl, lk.token_kl(policy, ref, actions, kl=kl).kl)
+        straight.kl.sum().backward()
+        lk.token_kl(y, ref, actions, kl="k2").kl.sum().backward()
+        assert x.grad is not None and y.grad is not None and torch.allclose(x.grad, y.grad, rtol=1e-5, atol=1e-7)
+
+
+class TestMasks:
+    @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32, torch.bfloat16])
+    def test_holes_with_nan_and_inf_under_them(self, backend: str, generator: Generator, mask_dtype: torch.dtype) -> None:
+        policy, ref = logit_pair(generator, "near_1", (5, 9, 40))
+        actions = sampled_actions(generator, policy)
+        mask = torch.rand(5, 9, generator=generator) < 0.5
+        mask[0, :2] = torch.tensor([True, False])
+        old = torch.randn(5, 9, generator=generator)
+        poison = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        for under in poison:
+            policy[~mask], ref[~mask], old[~mask] = under, under, under
+            actions[~mask] = 10**9
+            for kl in KINDS:
+                x, y = policy.clone().requires_grad_(), ref.clone().requires_grad_()
+                counted = (mask * torch.tensor([3.0])).to(mask_dtype)
+                got = lk.token_kl(x, y, actions, kl=kl, mask=counted, old_logprobs=old)
+                for output in got:
+                    assert bool((output[~mask] == 0).all()) and bool(output.isfinite().all())
+                # an upstream gradient of NaN at a left-out position must not come through either
+                upstream = torch.where(mask, 1.0, torch.nan)
+                torch.autograd.backward(tuple(got), [upstream] * 4)
+                for leaf in (x, y):
+                    assert leaf.grad is not None and bool((leaf.grad[~mask] == 0).all()) and bool(leaf.grad.isfinite().all())
+                inside = lk.token_kl(policy[mask], ref[mask], actions[mask], kl=kl, old_logprobs=old[mask])
+                for output, alone in zip(got, inside, strict=True):
+                    assert torch.equal(output[mask], alone)
+
+    def test_ignore_index_is_a_masked_position(self, backend: str, generator: Generator) -> None:
+        policy, ref, actions = inputs(generator, "near_1", 8, 40)
+        policy[2], ref[5] = torch.nan, torch.inf
+        actions[[2, 5]] = -100
+        x = policy.requires_grad_()
+        mask = torch.ones(8)
+        mask[0] = 0
+        got = lk.token_kl(x, ref, actions.int(), mask=mask)
+        sum(output.sum() for output in got).backward()  # type: ignore[union-attr]
+        left_out = torch.tensor([0, 2, 5])
+        assert all(bool((output[left_out] == 0).all()) for output in got)
+        assert x.grad is not None and bool((x.grad[left_out] == 0).all()) and bool(x.grad.isfinite().all())
+        assert bool((x.grad[1] != 0).any())
+
+    def test_everything_left_out(self, backend: str, generator: Generator) -> None:
+        policy = torch.full((3, 4), torch.nan, requires_grad=True)
+        got = lk.token_kl(policy, torch.full((3, 4), torch.inf), torch.full((3,), -100))
+        sum(output.sum() for output in got).backward()  # type: ignore[union-attr]
+        assert all(output.tolist() == [0.0] * 3 for output in got)
+        assert policy.grad is not None and policy.grad.tolist() == [[0.0] * 4] * 3
+
+
+class TestInfinities:
+    def rows(self, generator: Generator, vocabulary: int = 5000) -> tuple[Tensor, Tensor, Tensor]:
+        policy, ref, _ = inputs(generator, "near_1e-1", 6, vocabulary)
+        return policy, ref, torch.full((6,), 17)
+
+    @pytest.mark.parametrize("vocabulary", [40, 5000])
+    def test_column_missing_in_both_counts_for_nothing(self, backend: str, generator: Generator, vocabulary: int) -> None:
+        policy, ref, actions = self.rows(generator, vocabulary)
+        for dead in (torch.rand(vocabulary, generator=generator) < 0.5, torch.arange(vocabulary) < vocabulary * 0.9):
+            dead[17] = False
+            x, y = policy.masked_fill(dead, -torch.inf), ref.masked_fill(dead, -torch.inf)
+            for kl in KINDS:
+                check_token_kl_gradients(x, y, actions, generator, kl=kl, name=kl)
+                leaf = x.clone().requires_grad_()
+                lk.token_kl(leaf, y, actions, kl=kl).kl.sum().backward()
+                assert leaf.grad is not None and bool((leaf.grad[:, dead] == 0).all())
+
+    @pytest.mark.parametrize("vocabulary", [40, 5000])
+    def test_column_missing_in_the_policy_alone(self, backend: str, generator: Generator, vocabulary: int) -> None:
+        policy, ref, actions = self.rows(generator, vocabulary)
+        policy[:, 4::7] = -torch.inf
+        for kl in ("k1", "abs", "k2", "k3", "full"):
+            check_token_kl_gradients(policy, ref, actions, generator, kl=kl, ref_grad=False, name=kl)
+        got = check_token_kl(policy, ref, actions, kl="full_reverse")
+        assert bool((got.kl == torch.inf).all())
+
+    @pytest.mark.parametrize("vocabulary", [40, 5000])
+    def test_column_missing_in_the_reference_alone(self, backend: str, generator: Generator, vocabulary: int) -> None:
+        policy, ref, actions = self.rows(generator, vocabulary)
+        ref[:, 4::7] = -torch.inf
+        assert bool((check_token_kl(policy, ref, actions, kl="full").kl == torch.inf).all())
+        for kl in (*SAMPLED_KINDS, "full_reverse"):
+            check_token_kl(policy, ref, actions, kl=kl, name=kl)
+
+    def test_missing_at_the_largest_logit(self, backend: str, generator: Generator) -> None:
+        """The column that carries the policy, and would be the centre of its tile, is impossible in the reference."""
+        policy, ref, actions = self.rows(generator)
+        best = policy.argmax(-1, keepdim=True)
+        check_token_kl(policy, ref.scatter(-1, best, -torch.inf), actions, kl="full")
+        check_token_kl(policy, ref.scatter(-1, best, -torch.inf), actions, kl="k3")
+        check_token_kl(policy.scatter(-1, ref.argmax(-1, keepdim=True), -torch.inf), ref, actions, kl="full")
+
+    def test_tiny_probability_where_the_reference_has_none(self, backend: str) -> None:
+        """p > 0 but far below fp32's smallest number relative to the largest: +inf all the same, as in exact arithmetic."""
+        policy, ref = torch.zeros(1, 8), torch.zeros(1, 8)
+        policy[0, 5], ref[0, 5] = -80.0, -torch.inf
+        assert lk.token_kl(policy, ref, torch.tensor([0]), kl="full").kl.item() == torch.inf
+
+    def test_action_impossible(self, backend: str) -> None:
+        policy, ref = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.5, 1.0, 1.5]])
+        action = torch.tensor([1])
+        missing = torch.tensor([[0.0, -torch.inf, 2.0]])
+        in_policy = {kl: lk.token_kl(missing, ref, action, kl=kl) for kl in KINDS}
+        assert {kl: out.kl.item() for kl, out in in_policy.items() if kl != "full"} == {
+            "k1": -torch.inf, "abs": torch.inf, "k2": torch.inf, "k3": torch.inf, "full_reverse": torch.inf,
+        }  # fmt: skip
+        assert 0 < in_policy["full"].kl.item() < 10
+        assert all(out.logprobs.item() == -torch.inf for out in in_policy.values())
+        in_ref = {kl: lk.token_kl(policy, missing, action, kl=kl).kl.item() for kl in SAMPLED_KINDS}
+        assert in_ref == dict.fromkeys(SAMPLED_KINDS, torch.inf)
+        in_both = {kl: lk.token_kl(missing, missing.clone(), action, kl=kl) for kl in KINDS}
+        assert all(out.kl.item() == 0 and out.logprobs.item() == -torch.inf for out in in_both.values())
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("where", ["policy", "ref"])
+    @pytest.mark.parametrize("vocabulary", [1, 7, 5000])
+    def test_a_bad_row_is_nan_alone(self, backend: str, generator: Generator, bad: float, where: str, vocabulary: int) -> None:
+        policy, ref, _ = inputs(generator, "near_1e-1", 6, vocabulary)
+        actions = torch.zeros(6, dtype=torch.int64)
+        for column in sorted({0, vocabulary // 2, vocabulary - 1}):
+            x, y = policy.clone(), ref.clone()
+            (x if where == "policy" else y)[2, column] = bad
+            others = torch.arange(6) != 2
+            for kl in KINDS:
+                leaf = x.clone().requires_grad_()
+                got = lk.token_kl(leaf, y, actions, kl=kl)
+                clean = lk.token_kl(policy, ref, actions, kl=kl)
+                spoilt = {"policy": ("kl", "logprobs", "entropy"), "ref": ("kl", "ref_logprobs")}[where]
+                for name in ("kl", "logprobs", "ref_logprobs", "entropy"):
+                    output = getattr(got, name)
+                    assert torch.equal(output[others], getattr(clean, name)[others])
+                    if name in spoilt:
+                        assert output[2].isnan(), f"{kl} {name} with {bad} at column {column}: {output[2]}"
+                    else:
+                        assert torch.equal(output[2], getattr(clean, name)[2]), f"{kl} {name} must not see the other model"
+                got.kl.sum().backward()
+                assert leaf.grad is not None and bool(leaf.grad[others].isfinite().all())
+
+    @pytest.mark.parametrize("vocabulary", [1, 7, 5000])
+    def test_a_row_without_any_possible_token_is_nan(self, backend: str, generator: Generator, vocabulary: int) -> None:
+        policy, ref, _ = inputs(generator, "near_1e-1", 3, vocabulary)
+        actions = torch.zeros(3, dtype=torch.int64)
+        policy[1] = -torch.inf
+        for kl in KINDS:
+            got = lk.token_kl(policy, ref, actions, kl=kl)
+            assert got.kl.isnan().tolist() == got.logprobs.isnan().tolist() == got.entropy.isnan().tolist() == [False, True, False]
+            assert bool(got.ref_logprobs.isfinite().all())
+
+
+class TestLayouts:
+    def test_strides(self, backend: str, generator: Generator) -> None:
+        policy, ref = logit_pair(generator, "near_1e-1", (4, 6, 301))
+        actions = sampled_actions(generator, policy)
+
+        def transposed(t: Tensor) -> Tensor:
+            return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+        def vocabulary_first(t: Tensor) -> Tensor:
+            return t.movedim(-1, 0).contiguous().movedim(0, -1)
+
+        def every_third(t: Tensor) -> Tensor:
+            wide = torch.full((*t.shape[:-1], 3 * t.shape[-1]), torch.nan)
+            wide[..., 1::3] = t
+            return wide[..., 1::3]
+
+        def padded(t: Tensor) -> Tensor:
+            """A slice of a wider tensor: rows start at odd addresses."""
+            wide = torch.full((t.shape[0], t.shape[1] + 1, t.shape[2] + 5), torch.nan)
+            wide[:, :-1, 3:-2] = t
+            return wide[:, :-1, 3:-2]
+
+        layouts = (transposed, vocabulary_first, every_third, padded)
+        for kl in ("k3", "full"):
+            x, y = policy.clone().requires_grad_(), ref.clone().requires_grad_()
+            plain = lk.token_kl(x, y, actions, kl=kl)
+            sum(output.sum() for output in plain).backward()  # type: ignore[union-attr]
+            for layout in layouts:
+                for other in (layout, padded):
+                    a, b = layout(policy).requires_grad_(), other(ref).requires_grad_()
+                    got = lk.token_kl(a, b, layout(actions.unsqueeze(-1).float())[..., 0].long(), kl=kl)
+                    for output, expected in zip(got, plain, strict=True):
+                        assert torch.allclose(output, expected, rtol=1e-6, atol=1e-9), layout.__name__
+                    check_token_kl(a, b, actions, kl=kl, name=layout.__name__)
+                    gradients = torch.autograd.grad([output.sum() for output in got], (a, b))
+                    for gradient, leaf in zip(gradients, (x, y), strict=True):
+                        assert leaf.grad is not None and gradient.shape == leaf.grad.shape
+                        assert torch.allclose(gradient, leaf.grad, rtol=1e-5, atol=1e-8), layout.__name__
+
+    def test_shifted_slices_as_trainers_take_them(self, backend: str, generator: Generator) -> None:
+        policy, ref = logit_pair(generator, "near_1e-2", (3, 8, 777), torch.bfloat16)
+        ids = torch.randint(0, 777, (3, 8), generator=generator)
+        mask = (torch.arange(8) < torch.tensor([[8], [5], [6]])).int()
+        check_token_kl_gradients(policy[:, :-1], ref[:, :-1], ids[:, 1:], generator, kl="full", mask=mask[:, 1:])
+
+    def test_expanded(self, backend: str, generator: Generator) -> None:
+        policy, ref = logit_pair(generator, "near_1e-1", (1, 301))
+        actions = torch.tensor(5).expand(4)
+        for x, y in (
+            (policy.expand(4, 301), ref.expand(4, 301)),
+            (torch.randn(4, 1, generator=generator).expand(4, 301), ref.expand(4, 301)),
+        ):
+            for kl in KINDS:
+                check_token_kl_gradients(x, y, actions, generator, kl=kl, mask=torch.tensor(True).expand(4))
+
+    @pytest.mark.parametrize("shape", [(5,), (0, 5), (3, 0, 5), (2, 3, 5), (2, 1, 3, 5)])
+    def test_leading_dimensions(self, backend: str, generator: Generator, shape: tuple[int, ...]) -> None:
+        policy, ref = logit_pair(generator, "near_1", shape)
+        actions = torch.randint(0, 5, shape[:-1], generator=generator)
+        for kl in KINDS:
+            check_token_kl_gradients(policy, ref, actions, generator, kl=kl)
+
+    def test_int32_actions(self, backend: str, generator: Generator) -> None:
+        policy, ref, actions = inputs(generator, "near_1", 9, 70)
+        for output, expected in zip(lk.token_kl(policy, ref, actions.int()), lk.token_kl(policy, ref, actions), strict=True):
+            assert torch.equal(output, expected)
+
+    def test_inputs_are_left_as_they_were(self, backend: str, generator: Generator) -> None:
+        policy, ref, actions = inputs(generator, "near_1", 9, 70)
+        mask, old = torch.rand(9, generator=generator) < 0.7, torch.randn(9, generator=generator)
+        before = [tensor.clone() for tensor in (policy, ref, actions, mask, old)]
+        x, y = policy.requires_grad_(), ref.requires_grad_()
+        got = lk.token_kl(x, y, actions, mask=mask, old_logprobs=old, kl="full")
+        sum(output.sum() for output in got).backward()  # type: ignore[union-attr]
+        assert all(torch.equal(a, b) for a, b in zip(before, (policy, ref, actions, mask, old), strict=True))
+
+
+class TestReproducible:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("vocabulary", [7, 5003, 40961])
+    def test_bitwise_the_same_alone_and_in_a_batch(
+        self, backend: str, generator: Generator, vocabulary: int, dtype: torch.dtype
+    ) -> None:
+        """Run to run, whatever rows stand beside a row, in whatever order, with one thread or two."""
+        policy, ref, actions = inputs(generator, "near_1e-1", 9, vocabulary, dtype)
+        upstream = torch.randn(9, generator=generator)
+
+        def run(rows: Tensor, kl: str) -> tuple[Tensor, ...]:
+            x, y = policy[rows].requires_grad_(), ref[rows].requires_grad_()
+            got = lk.token_kl(x, y, actions[rows], kl=kl)
+            gradients = torch.autograd.grad(list(got), (x, y), [upstream[rows].to(got.kl.dtype)] * 4)
+            return *(output.detach() for output in got), *gradients
+
+        everything = torch.arange(9)
+        for kl in ("k3", "full", "full_reverse"):
+            first = run(everything, kl)
+            try:
+                for threads in (2, 1):
+                    torch.set_num_threads(threads)
+                    for rows in (everything, everything.flip(0), torch.tensor([4]), torch.tensor([3, 8]), torch.tensor([8, 0, 1])):
+                        poison = torch.full((9 * vocabulary,), torch.nan)  # freed memory that must not show
+                        del poison
+                        for name, a, b in zip(("kl", "logprobs", "ref_logprobs", "entropy", "dx", "dy"), first, run(rows, kl), strict=True):
+                            assert torch.equal(a[rows], b), f"{kl} {name}: rows {rows.tolist()} with {threads} threads differ"
+            finally:
+                torch.set_num_threads(2)
