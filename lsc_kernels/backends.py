@@ -73,7 +73,7 @@ def set_backend(name: str) -> None:
         >>> lk.set_backend("eager")
         >>> lk.set_backend("auto")
     """
-    global _choice
+    global _choice, _environment_error
     if name not in CHOICES:
         raise ValueError(f"backend must be one of {', '.join(CHOICES)}; got {name!r}")
     if name != "auto":
@@ -81,16 +81,29 @@ def set_backend(name: str) -> None:
         if all(available[device][name] != "available" for device in available):
             reasons = "; ".join(f"{device}: {available[device][name]}" for device in available)
             raise RuntimeError(f"backend {name!r} is not available here ({reasons}). `lsc-kernels info` says how to get it.")
-    _choice = name
+    _choice, _environment_error = name, native.MISCONFIGURED
 
 
 def get_backend() -> str:
-    """The name last given to :func:`set_backend`."""
+    """The name last given to :func:`set_backend`.
+
+    Raises:
+        ValueError: ``LSC_KERNELS_BACKEND`` or ``LSC_KERNELS_CPU`` asks for what is not there.
+    """
+    _check_environment()
     return _choice
+
+
+def _check_environment() -> None:
+    """Report a bad environment variable at the first use: importing a package should not fail for it."""
+    if _environment_error is not None:
+        raise ValueError(_environment_error)
 
 
 def select(op: str, *tensors: torch.Tensor | None) -> ModuleType:
     """The module that serves ``op`` for these tensors (all on one device, which the op has checked)."""
+    if _environment_error is not None:
+        _check_environment()
     device_type = "cpu"
     for tensor in tensors:
         if tensor is not None:
@@ -126,4 +139,8 @@ def _warn_fallback(op: str, device_type: str) -> None:
 
 
 _choice = "auto"
-set_backend(os.environ.get("LSC_KERNELS_BACKEND", "auto"))
+_environment_error = native.MISCONFIGURED
+try:
+    set_backend(os.environ.get("LSC_KERNELS_BACKEND", "auto"))
+except (ValueError, RuntimeError) as error:
+    _environment_error = f"LSC_KERNELS_BACKEND: {error}"

@@ -41,7 +41,7 @@ def estimate(d: Tensor, options: KLOptions) -> Tensor:
         case "k3":
             # expm1(-d) + d, whose two terms cancel for small d
             series = d * d * (0.5 + d * (-1 / 6 + d * (1 / 24 + d * (-1 / 120 + d * (1 / 720 - d / 5040)))))
-            direct = torch.where(d == INF, d, torch.expm1(-d) + d)
+            direct = torch.where(d.isinf(), INF, torch.expm1(-d) + d)
             return torch.where(d.abs() < 1e-2, series, direct)
     raise ValueError(f"{options.kind!r} is not an estimator of the action's log-probabilities")
 

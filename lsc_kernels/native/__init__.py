@@ -7,9 +7,30 @@ from types import ModuleType
 UNAVAILABLE: str | None = None
 """Why the compiled kernels cannot be used; None when they can."""
 
+MISCONFIGURED: str | None = None
+"""Why LSC_KERNELS_CPU cannot be followed: the first use of the library says it."""
+
 OPS: dict[str, ModuleType] = {}
 
 try:
-    from lsc_kernels import _C  # noqa: F401  registers torch.ops.lsc_kernels.*
+    from lsc_kernels import _C
 except ImportError as error:
-    UNAVAILABLE = f"the extension lsc_kernels._C was not built or does not load: {error}"
+    try:
+        from lsc_kernels._build_info import SKIPPED
+    except ImportError:
+        SKIPPED = None
+    UNAVAILABLE = f"lsc_kernels._C was not built: {SKIPPED}" if SKIPPED else f"lsc_kernels._C does not load: {error}"
+else:
+    try:
+        _C.isa()
+    except ValueError as error:
+        UNAVAILABLE = MISCONFIGURED = str(error)
+
+if UNAVAILABLE is None:
+    from lsc_kernels.native import kl_from_logprobs, token_kl, token_logprobs
+
+    OPS = {
+        "kl_from_logprobs": kl_from_logprobs,
+        "token_kl": token_kl,
+        "token_logprobs": token_logprobs,
+    }

@@ -1,0 +1,295 @@
+// Forward and backward of one token's row; shared by token_logprobs, token_kl and shaped_rewards.
+#pragma once
+
+#include "cpu/kernels/row_reader.h"
+#include "cpu/kernels/rows.h"
+#include "math/kl.h"
+
+namespace lsc {
+namespace LSC_ISA {
+
+constexpr int kIgnoreIndex = -100;
+// A row is cut into chunks of this many columns, each with a state of its own, merged in order. The cut depends on V
+// alone, so the result is the same bits whether one thread reads the row or several.
+constexpr int64_t kChunk = 16 * kTile;
+
+template <typename T>
+inline const T* row_pointer(const Rows& rows, int64_t row) {
+  int64_t offset = 0;
+  for (int d = rows.leading - 1; d > 0; --d) {
+    offset += row % rows.sizes[d] * rows.strides[d];
+    row /= rows.sizes[d];
+  }
+  return static_cast<const T*>(rows.data) + offset + row * rows.strides[0];
+}
+
+// Calls with(T{}) for the type that `dtype` names.
+template <typename With>
+inline auto with_type(DType dtype, const With& with) {
+  switch (dtype) {
+    case DType::bfloat16: return with(BFloat16{});
+    case DType::float16: return with(Half{});
+    case DType::float32: break;
+  }
+  return with(float{});
+}
+
+inline int64_t action_at(const TokenRows& rows, int64_t row) {
+  return rows.actions_are_int32 ? static_cast<const int32_t*>(rows.actions)[row]
+                                : static_cast<const int64_t*>(rows.actions)[row];
+}
+inline bool counted(const TokenRows& rows, int64_t row) {
+  return action_at(rows, row) != kIgnoreIndex && (!rows.mask || rows.mask[row]);
+}
+inline double temperature_at(const TokenRows& rows, int64_t row) {
+  return rows.temperatures ? rows.temperatures[row] : rows.temperature;
+}
+
+inline float logit_at(const Rows& rows, int64_t row, int64_t column) {
+  return with_type(rows.dtype, [&](auto type) { return to_float(row_pointer<decltype(type)>(rows, row)[column]); });
+}
+
+template <typename T>
+inline void convert(const T* from, int n, float* to) {
+  int i = 0;
+  for (; i + Vec::kLanes <= n; i += Vec::kLanes) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+// Columns [begin, end) of a row.
+template <bool kReverse>
+inline RowState<double> read_chunk(const TokenRows& rows, int64_t row, int64_t begin, int64_t end) {
+  const double temperature = temperature_at(rows, row);
+  if (!rows.ref.data) {
+    LogprobReader reader(temperature);
+    with_type(rows.policy.dtype, [&](auto type) {
+      const auto* x = row_pointer<decltype(type)>(rows.policy, row);
+      for_tiles(begin, end, [&](int64_t i, int n, bool more) { reader.tile(x + i, n, more); });
+    });
+    return reader.state();
+  }
+  RowReader reader(temperature);
+  if (rows.policy.dtype == rows.ref.dtype) {
+    with_type(rows.policy.dtype, [&](auto type) {
+      const auto* x = row_pointer<decltype(type)>(rows.policy, row);
+      const auto* y = row_pointer<decltype(type)>(rows.ref, row);
+      for_tiles(begin, end, [&](int64_t i, int n, bool more) { reader.template tile<kReverse>(x + i, y + i, n, more); });
+    });
+  } else {
+    // two dtypes: each tile is widened to float in cache
+    alignas(64) float x_tile[kTile], y_tile[kTile];
+    with_type(rows.policy.dtype, [&](auto x_type) {
+      with_type(rows.ref.dtype, [&](auto y_type) {
+        const auto* x = row_pointer<decltype(x_type)>(rows.policy, row);
+        const auto* y = row_pointer<decltype(y_type)>(rows.ref, row);
+        for_tiles(begin, end, [&](int64_t i, int n, bool) {
+          convert(x + i, n, x_tile), convert(y + i, n, y_tile);
+          reader.template tile<kReverse>(static_cast<const float*>(x_tile), static_cast<const float*>(y_tile), n, false);
+        });
+      });
+    });
+  }
+  return reader.state();
+}
+
+template <bool kReverse>
+inline RowState<double> read_row(const TokenRows& rows, int64_t row) {
+  RowState<double> state = read_chunk<kReverse>(rows, row, 0, rows.vocabulary < kChunk ? rows.vocabulary : kChunk);
+  for (int64_t begin = kChunk; begin < rows.vocabulary; begin += kChunk) {
+    const int64_t end = begin + kChunk < rows.vocabulary ? begin + kChunk : rows.vocabulary;
+    merge(state, read_chunk<kReverse>(rows, row, begin, end), temperature_at(rows, row));
+  }
+  return state;
+}
+
+inline KLOptions options_of(const KLArguments& a) {
+  return {Kind(a.kind), a.straight_through, a.ratio_low, a.ratio_high, a.kl_low, a.kl_high};
+}
+
+inline void write_nothing(int64_t row, const TokenOutputs& out) {
+  for (float* output : {out.kl, out.logprobs, out.ref_logprobs, out.entropy})
+    if (output) output[row] = 0;
+  if (out.saved)
+    for (int i = 0; i < kSaved; ++i) out.saved[row * kSaved + i] = 0;
+}
+
+// From the state of a whole row to its outputs.
+inline void write_row(
+    const TokenRows& rows, int64_t row, const RowState<double>& state, const KLArguments* kl, const TokenOutputs& out) {
+  const double temperature = temperature_at(rows, row);
+  const RowSummary<double> summary = summarise(state, temperature);
+  const int64_t action = action_at(rows, row);
+  const double x = logit_at(rows.policy, row, action);
+  const double logprob = (x - state.policy.max) / temperature - summary.log_S;
+  double d = 0, divergence = 0;
+  if (kl) {
+    const double y = logit_at(rows.ref, row, action);
+    const double direct = (y - state.ref.max) / temperature - summary.log_ref_S;
+    // equal logits agree exactly, -inf included; a reference that nearly agrees is told by the difference
+    d = x == y && std::isinf(x) && !std::isnan(summary.L) ? 0 : (x - y - state.centre) / temperature + summary.L;
+    const double ref_logprob = summary.near && std::isfinite(d) ? logprob - d : direct;
+    divergence = Kind(kl->kind) == Kind::full_reverse ? summary.reverse_kl : summary.kl;
+    if (rows.vocabulary == 1 && std::isfinite(d)) d = divergence = 0;  // not what rounding leaves of it
+    const double log_weight = kl->old_logprobs ? logprob - kl->old_logprobs[row] : 0;
+    out.kl[row] = float(evaluate_kl(d, divergence, kl->old_logprobs ? &log_weight : nullptr, options_of(*kl)).kl);
+    out.ref_logprobs[row] = float(ref_logprob);
+  }
+  out.logprobs[row] = float(logprob);
+  out.entropy[row] = float(summary.entropy);
+  if (!out.saved) return;
+  float* saved = out.saved + row * kSaved;
+  saved[kMax] = float(state.policy.max);
+  saved[kLogS] = float(summary.log_S);
+  saved[kInverseS] = float(1 / state.policy.S);
+  saved[kRefMax] = float(state.ref.max);
+  saved[kInverseRefS] = float(1 / state.ref.S);
+  saved[kCentre] = float(state.centre);
+  saved[kL] = float(summary.L);
+  saved[kLogRatio] = float(d);
+  saved[kDivergence] = float(divergence);
+  saved[kEntropy] = float(summary.entropy);
+  saved[kLogprob] = float(logprob);
+}
+
+// The upstream gradients of a row, combined: with p, q the probabilities and d the log ratio of a column,
+//
+//     d / d x = p (p0 + p_logp log p + p_d d) + p_minus_q (p - q) + at the action: policy_action
+//     d / d y = q (q0 + q_d d) + q_minus_p (q - p)               + at the action: ref_action
+struct Coefficients {
+  double p0 = 0, p_logp = 0, p_d = 0, p_minus_q = 0, policy_action = 0;
+  double q0 = 0, q_d = 0, q_minus_p = 0, ref_action = 0;
+};
+
+inline Coefficients coefficients(const TokenRows& rows, int64_t row, const KLArguments* kl, const TokenGradients& grads) {
+  const auto upstream = [row](const float* gradient) { return gradient ? double(gradient[row]) : 0.0; };
+  // an overflowed slope that nobody asked for is not NaN
+  const auto chain = [](double gradient, double factor) { return gradient == 0 ? 0 : gradient * factor; };
+  const float* saved = grads.saved + row * kSaved;
+  const double to_entropy = upstream(grads.entropy);
+  double to_logprob = upstream(grads.logprobs), to_ref = upstream(grads.ref_logprobs), to_divergence = 0;
+  Coefficients c;
+  if (kl) {
+    const double log_weight = kl->old_logprobs ? double(saved[kLogprob]) - kl->old_logprobs[row] : 0;
+    const KLValue<double> value = evaluate_kl<double>(
+        saved[kLogRatio], saved[kDivergence], kl->old_logprobs ? &log_weight : nullptr, options_of(*kl));
+    const double to_kl = upstream(grads.kl);
+    to_logprob += chain(to_kl, value.on_ratio + value.through_weight);
+    to_ref -= chain(to_kl, value.on_ratio);
+    to_divergence = chain(to_kl, value.on_divergence);
+  }
+  const double from_divergence = chain(to_divergence, saved[kDivergence]);
+  c.p0 = -to_logprob - chain(to_entropy, saved[kEntropy]);
+  c.p_logp = -to_entropy;
+  c.policy_action = to_logprob;
+  c.q0 = -to_ref;
+  c.ref_action = to_ref;
+  if (kl && Kind(kl->kind) == Kind::full) {
+    c.p0 -= from_divergence, c.p_d = to_divergence;
+    c.q_minus_p = to_divergence;
+  } else if (kl && Kind(kl->kind) == Kind::full_reverse) {
+    c.p_minus_q = to_divergence;
+    c.q0 -= from_divergence, c.q_d = -to_divergence;
+  }
+  const double inverse = 1 / temperature_at(rows, row);
+  for (double* value : {&c.p0, &c.p_logp, &c.p_d, &c.p_minus_q, &c.policy_action, &c.q0, &c.q_d, &c.q_minus_p, &c.ref_action})
+    *value *= inverse;
+  return c;
+}
+
+// One vector of columns of the gradients. The reference is read only where kReference.
+template <bool kReference>
+struct RowGradient {
+  Vec m, log_S, inverse_S, m_ref, inverse_ref_S, centre, L, inverse, log2e;
+  Vec p0, p_logp, p_d, p_minus_q, q0, q_d, q_minus_p;
+
+  RowGradient(const float* saved, const Coefficients& c, const Units& units)
+      : m(saved[kMax]), log_S(saved[kLogS]), inverse_S(saved[kInverseS]), m_ref(saved[kRefMax]),
+        inverse_ref_S(saved[kInverseRefS]), centre(saved[kCentre]), L(saved[kL]), inverse(units.inverse),
+        log2e(units.log2e), p0(float(c.p0)), p_logp(float(c.p_logp)), p_d(float(c.p_d)),
+        p_minus_q(float(c.p_minus_q)), q0(float(c.q0)), q_d(float(c.q_d)), q_minus_p(float(c.q_minus_p)) {}
+
+  void operator()(Vec x, Vec y, Vec& to_policy, Vec& to_ref) const {
+    constexpr float ln2 = 0.693147180559945f;
+    const Exp2 w = exp2((x - m) * log2e);
+    const Vec p = w.value * inverse_S;
+    const Vec log_p = fma(w.exponent, Vec(ln2), Vec(0.0f) - log_S);
+    to_policy = p * fma(p_logp, log_p, p0);
+    if constexpr (kReference) {
+      const Vec unlimited = fma(centred_difference(x, y, centre), inverse, L);
+      // a column that either model excludes has no finite log ratio, and no weight
+      const Vec d = select(abs(unlimited) < Vec(INFINITY), unlimited, Vec(0.0f));
+      to_policy = fma(p * p_d, d, to_policy);
+      // p - q = -p expm1(-d) = p (d - d^2 P(d)), without the cancellation of nearly equal columns
+      const Mask small = abs(unlimited) < Vec(kSmallLogRatio);
+      Vec difference = p * (d - d * d * expm1_remainder(d));
+      Vec q = p - difference;
+      if (!all(small)) {
+        const Vec exact = exp2((y - m_ref) * log2e).value * inverse_ref_S;
+        q = select(small, q, exact);
+        difference = select(small, difference, p - exact);
+      }
+      to_policy = fma(p_minus_q, difference, to_policy);
+      to_ref = q * fma(q_d, d, q0) - q_minus_p * difference;
+    }
+  }
+};
+
+template <bool kReference, typename X, typename Y>
+inline void write_gradient(const X* x, const Y* y, int64_t n, const RowGradient<kReference>& gradient, X* to_policy, Y* to_ref) {
+  Vec policy(0.0f), ref(0.0f);
+  int64_t i = 0;
+  for (; i + Vec::kLanes <= n; i += Vec::kLanes) {
+    gradient(load(x + i), kReference ? load(y + i) : Vec(0.0f), policy, ref);
+    if (to_policy) store(to_policy + i, policy);
+    if (kReference && to_ref) store(to_ref + i, ref);
+  }
+  if (const int left = int(n - i); left > 0) {
+    gradient(load_first(x + i, left, -INFINITY), kReference ? load_first(y + i, left, -INFINITY) : Vec(0.0f), policy, ref);
+    if (to_policy) store_first(to_policy + i, left, policy);
+    if (kReference && to_ref) store_first(to_ref + i, left, ref);
+  }
+}
+
+// The action's column again, in double: 1 - p would lose it where p is nearly 1.
+template <typename X, typename Y>
+inline void write_action(const X* x, const Y* y, int64_t action, const float* saved, const Coefficients& c, double temperature, X* to_policy, Y* to_ref) {
+  const double log_p = (to_float(x[action]) - double(saved[kMax])) / temperature - saved[kLogS];
+  const double p = std::exp(log_p);
+  double policy = c.policy_action + scaled(p, c.p0 + scaled(c.p_logp, log_p));
+  if (y) {
+    const double d = saved[kLogRatio];
+    const double q = std::exp((to_float(y[action]) - double(saved[kRefMax])) / temperature) * saved[kInverseRefS];
+    const double difference = std::isfinite(d) ? -p * std::expm1(-d) : p - q;
+    policy += scaled(p, scaled(c.p_d, d)) + scaled(difference, c.p_minus_q);
+    if (to_ref) from_float(float(c.ref_action + scaled(q, c.q0 + scaled(c.q_d, d)) - scaled(difference, c.q_minus_p)), to_ref + action);
+  }
+  if (to_policy) from_float(float(policy), to_policy + action);
+}
+
+inline void write_row_gradients(const TokenRows& rows, int64_t row, const KLArguments* kl, const TokenGradients& grads) {
+  const int64_t V = rows.vocabulary;
+  const double temperature = temperature_at(rows, row);
+  const float* saved = grads.saved + row * kSaved;
+  const Coefficients c = coefficients(rows, row, kl, grads);
+  const bool reads_ref = grads.ref || c.p_d != 0 || c.p_minus_q != 0;
+  with_type(rows.policy.dtype, [&](auto x_type) {
+    using X = decltype(x_type);
+    const X* x = row_pointer<X>(rows.policy, row);
+    X* to_policy = grads.policy ? static_cast<X*>(grads.policy) + row * V : nullptr;
+    if (!reads_ref) {
+      const X* none = nullptr;
+      write_gradient<false>(x, none, V, RowGradient<false>(saved, c, Units(temperature)), to_policy, static_cast<X*>(nullptr));
+      return write_action(x, none, action_at(rows, row), saved, c, temperature, to_policy, static_cast<X*>(nullptr));
+    }
+    with_type(rows.ref.dtype, [&](auto y_type) {
+      using Y = decltype(y_type);
+      const Y* y = row_pointer<Y>(rows.ref, row);
+      Y* to_ref = grads.ref ? static_cast<Y*>(grads.ref) + row * V : nullptr;
+      write_gradient<true>(x, y, V, RowGradient<true>(saved, c, Units(temperature)), to_policy, to_ref);
+      write_action(x, y, action_at(rows, row), saved, c, temperature, to_policy, to_ref);
+    });
+  });
+}
+
+}  // namespace LSC_ISA
+}  // namespace lsc

@@ -1,0 +1,278 @@
+// A vector of floats as wide as the instruction set this file is compiled for.
+//
+// One interface, three bodies: AVX-512, AVX2 with FMA, and GCC/Clang vector extensions of 16 bytes, which become
+// SSE2, NEON or plain code. Everything stands inside namespace LSC_ISA, so that the builds of one header do not meet
+// at link time.
+//
+// NaN travels: max(limit, x) is NaN where x is. Comparisons with NaN are false.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace lsc {
+namespace LSC_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(BFloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
+inline float to_float(Half value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // 2^-14 and below are subnormal halves: let the multiplication normalise them
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+}
+
+inline void from_float(float value, float* out) { *out = value; }
+inline void from_float(float value, BFloat16* out) {
+  const uint32_t bits = float_to_bits(value);
+  out->bits = value != value ? 0x7fc0u : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline void from_float(float value, Half* out) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 2^16 or more
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 1/2 leaves the multiple of 2^-24 in the low bits
+    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  out->bits = uint16_t(sign | half);
+}
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+  Vec() = default;
+  Vec(__m512 value) : v(value) {}
+  explicit Vec(float value) : v(_mm512_set1_ps(value)) {}
+};
+using Mask = __mmask16;
+
+inline Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
+inline Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+inline Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline Vec max(Vec limit, Vec x) { return _mm512_max_ps(limit.v, x.v); }
+inline Vec min(Vec limit, Vec x) { return _mm512_min_ps(limit.v, x.v); }
+inline Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
+inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Mask operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline Mask operator==(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+inline Mask both(Mask a, Mask b) { return a & b; }
+inline bool all(Mask a) { return a == 0xffff; }
+inline bool any(Mask a) { return a != 0; }
+inline Vec select(Mask where, Vec yes, Vec no) { return _mm512_mask_blend_ps(where, no.v, yes.v); }
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float max_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// a * 2^n for whole n in [kExp2Floor, 0]; 0 at kExp2Floor
+constexpr float kExp2Floor = -160.0f;
+inline Vec scale2(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
+
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const BFloat16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store(BFloat16* p, Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+inline void store(Half* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  __m256 v;
+  Vec() = default;
+  Vec(__m256 value) : v(value) {}
+  explicit Vec(float value) : v(_mm256_set1_ps(value)) {}
+};
+struct Mask {
+  __m256 v;
+};
+
+inline Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
+inline Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
+inline Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+inline Vec max(Vec limit, Vec x) { return _mm256_max_ps(limit.v, x.v); }
+inline Vec min(Vec limit, Vec x) { return _mm256_min_ps(limit.v, x.v); }
+inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
+inline bool all(Mask a) { return _mm256_movemask_ps(a.v) == 0xff; }
+inline bool any(Mask a) { return _mm256_movemask_ps(a.v) != 0; }
+inline Vec select(Mask where, Vec yes, Vec no) { return _mm256_blendv_ps(no.v, yes.v, where.v); }
+constexpr float kExp2Floor = -127.0f;
+inline Vec scale2(Vec a, Vec n) {
+  const __m256i exponent = _mm256_cvtps_epi32(n.v);
+  const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
+  return _mm256_mul_ps(a.v, power);
+}
+inline float sum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float max_lane(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec load(const BFloat16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store(BFloat16* p, Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void store(Half* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#else
+
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+
+struct Vec {
+  static constexpr int kLanes = 4;
+  Float4 v;
+  Vec() = default;
+  Vec(Float4 value) : v(value) {}
+  explicit Vec(float value) : v{value, value, value, value} {}
+};
+struct Mask {
+  Int4 v;
+};
+
+inline Vec select(Mask where, Vec yes, Vec no) { return Vec(Float4(((Int4)yes.v & where.v) | ((Int4)no.v & ~where.v))); }
+inline Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+inline Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+inline Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+inline Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return Vec(a.v * b.v + c.v); }
+inline Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
+inline Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
+inline Mask both(Mask a, Mask b) { return {a.v & b.v}; }
+inline bool all(Mask a) { return (a.v[0] & a.v[1] & a.v[2] & a.v[3]) != 0; }
+inline bool any(Mask a) { return (a.v[0] | a.v[1] | a.v[2] | a.v[3]) != 0; }
+inline Vec max(Vec limit, Vec x) { return select(x < limit, limit, x); }
+inline Vec min(Vec limit, Vec x) { return select(limit < x, limit, x); }
+inline Vec abs(Vec a) { return Vec(Float4((Int4)a.v & 0x7fffffff)); }
+// right for |a| < 2^22; exp2 stays within
+inline Vec round(Vec a) {
+  const Float4 magic = Vec(0x1.8p23f).v;
+  return Vec((a.v + magic) - magic);
+}
+constexpr float kExp2Floor = -127.0f;
+inline Vec scale2(Vec a, Vec n) {
+  return Vec(a.v * Float4((__builtin_convertvector(n.v, Int4) + 127) << 23));
+}
+inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float max_lane(Vec a) {
+  float largest = a.v[0];
+  for (int i = 1; i < 4; ++i) largest = a.v[i] > largest ? a.v[i] : largest;
+  return largest;
+}
+
+template <typename T>
+inline Vec load(const T* p) {
+  return Vec(Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])});
+}
+template <typename T>
+inline void store(T* p, Vec a) {
+  for (int i = 0; i < 4; ++i) from_float(a.v[i], p + i);
+}
+
+#endif
+
+// The first n lanes from p, the others `fill`; never reads past p[n-1].
+template <typename T>
+inline Vec load_first(const T* p, int n, float fill) {
+  float lanes[Vec::kLanes];
+  for (int i = 0; i < Vec::kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
+  return load(lanes);
+}
+template <typename T>
+inline void store_first(T* p, int n, Vec a) {
+  float lanes[Vec::kLanes];
+  store(lanes, a);
+  for (int i = 0; i < n; ++i) from_float(lanes[i], p + i);
+}
+
+// A power of two as it falls out of a softmax: `exponent` is t, no lower than where 2^t becomes 0, so always finite.
+struct Exp2 {
+  Vec value, exponent;
+};
+
+// 2^t for t <= 0, -inf included; NaN gives NaN. Relative error 1e-7; 2^0 is exactly 1.
+// 2^t = 2^n (1 + f g(f)), n whole, |f| <= 1/2, g a minimax polynomial of degree 5 (2e-9).
+inline Exp2 exp2(Vec unlimited) {
+  const Vec t = max(Vec(kExp2Floor), unlimited);
+  const Vec n = round(t);
+  const Vec f = t - n;
+  Vec g = fma(Vec(0x1.41fbbap-13f), f, Vec(0x1.5f3e54p-10f));
+  g = fma(g, f, Vec(0x1.3b2d4cp-7f));
+  g = fma(g, f, Vec(0x1.c6aee8p-5f));
+  g = fma(g, f, Vec(0x1.ebfbdcp-3f));
+  g = fma(g, f, Vec(0x1.62e430p-1f));
+  return {scale2(fma(g, f, Vec(1.0f)), n), t};
+}
+
+}  // namespace LSC_ISA
+}  // namespace lsc
