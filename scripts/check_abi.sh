@@ -42,12 +42,20 @@ check() {
   "$2" -m pip install --quiet --no-deps --target "$place/site" "$place"/*.whl
   cp -r tests pyproject.toml "$place"
   echo "== built on torch $built_on, run on torch $tested_on"
-  (cd "$place" && PYTHONPATH="$place/site" "$2" -m pytest -q "${pytest_args[@]}" $kernel_tests) | tail -n 15
-  (cd "$place" && PYTHONPATH="$place/site" "$2" -c '
+  (
+    cd "$place"
+    export PYTHONPATH="$place/site"
+    "$2" - <<'PYTHON'
+import os
+import torch
+import lsc_kernels
 from lsc_kernels import _C
-import lsc_kernels, torch
-print("  extension", _C.__file__.split("/")[-1], "built with the headers of torch", _C.build_info()["torch_headers"],
-      "- native on the CPU:", lsc_kernels.backends()["cpu"]["native"], "on torch", torch.__version__)')
+assert _C.__file__.startswith(os.environ["PYTHONPATH"]), f"{_C.__file__} comes in the way: use an environment without lsc_kernels"
+assert lsc_kernels.backends()["cpu"]["native"] == "available", lsc_kernels.backends()
+print("built with the headers of torch", _C.build_info()["torch_headers"], "- loaded into torch", torch.__version__)
+PYTHON
+    "$2" -m pytest -q "${pytest_args[@]}" $kernel_tests
+  )
 }
 
 kernel_tests=$(scripts/kernel_tests.sh)
