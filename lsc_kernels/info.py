@@ -110,11 +110,11 @@ def advice() -> list[str]:
     for extra, modules in EXTRA_MODULES.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         if missing:
-            lines.append(f"Extra {extra} ({', '.join(missing)}): pip install {source(f'[{extra}]')}")
+            lines.append(f"Extra {extra} ({', '.join(missing)}): pip install '{DISTRIBUTION}[{extra}]'")
     return lines
 
 
-def source(extras: str = "") -> str:
+def source() -> str:
     """What to hand to pip to install this package again: its directory if it came from one, else its name."""
     try:
         direct_url = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
@@ -122,9 +122,9 @@ def source(extras: str = "") -> str:
         direct_url = None
     origin = json.loads(direct_url) if direct_url else {}
     if "dir_info" not in origin:
-        return shlex.quote(DISTRIBUTION + extras)
-    folder = url2pathname(urlsplit(origin["url"]).path)
-    return ("-e " if origin["dir_info"].get("editable") else "") + shlex.quote(folder + extras)
+        return DISTRIBUTION
+    folder = shlex.quote(url2pathname(urlsplit(origin["url"]).path))
+    return f"-e {folder}" if origin["dir_info"].get("editable") else folder
 
 
 def render(facts: dict[str, Any]) -> str:
