@@ -1,6 +1,6 @@
 // Reads one row of policy and reference logits once from memory and makes its RowState.
 //
-// A tile of 2048 pairs is passed over twice while it is in cache: for the two maxima, then for the sums. Two maxima and
+// A tile of 4 KB of each model is passed over twice while it is in cache: for the two maxima, then for the sums. Two maxima and
 // the centre are carried from tile to tile, so most tiles only add to the running sums; a tile that holds a new largest
 // policy logit gets its own centre, x - y at that logit, and is merged.
 //
@@ -23,7 +23,9 @@
 namespace lsc {
 namespace LSC_ISA {
 
-constexpr int kTile = 2048;
+// Elements: 4 KB of each model, so that a tile and the next one being fetched leave room in a 32 KB cache.
+template <typename T>
+constexpr int kTile = 4096 / sizeof(T);
 
 struct Units {
   double temperature;
@@ -139,7 +141,7 @@ inline TileSums<kReverse> tile_sums(
   constexpr int kStep = 2 * Vec::kLanes;
   int i = 0;
   for (; i + kStep <= n; i += kStep) {
-    if (more) prefetch(x + kTile + i), prefetch(y + kTile + i);
+    if (more) prefetch(x + kTile<T> + i), prefetch(y + kTile<T> + i);
     add(load(x + i), load(y + i), load(x + i + Vec::kLanes), load(y + i + Vec::kLanes));
   }
   for (; i < n; i += Vec::kLanes) {
@@ -154,7 +156,7 @@ class RowReader {
  public:
   explicit RowReader(double temperature) : units_(temperature) {}
 
-  // The next n <= kTile pairs of the row. `more`: a whole further tile follows in memory, worth fetching ahead.
+  // The next n <= kTile<T> pairs of the row. `more`: a whole further tile follows in memory, worth fetching ahead.
   template <bool kReverse, typename T>
   void tile(const T* x, const T* y, int n, bool more) {
     const float policy_max = tile_max(x, n), ref_max = tile_max(y, n);
@@ -239,7 +241,7 @@ class LogprobReader {
     };
     int i = 0;
     for (; i + 2 * Vec::kLanes <= n; i += 2 * Vec::kLanes) {
-      if (more) prefetch(x + kTile + i);
+      if (more) prefetch(x + kTile<T> + i);
       add(load(x + i), S0, H0);
       add(load(x + i + Vec::kLanes), S1, H1);
     }
@@ -262,11 +264,11 @@ class LogprobReader {
 };
 
 // Calls read(first, count, more) for the tiles of [begin, end).
-template <typename Read>
+template <typename T, typename Read>
 inline void for_tiles(int64_t begin, int64_t end, const Read& read) {
-  for (int64_t i = begin; i < end; i += kTile) {
-    const int n = int(end - i < kTile ? end - i : kTile);
-    read(i, n, i + 2 * kTile <= end);
+  for (int64_t i = begin; i < end; i += kTile<T>) {
+    const int n = int(end - i < kTile<T> ? end - i : kTile<T>);
+    read(i, n, i + 2 * kTile<T> <= end);
   }
 }
 

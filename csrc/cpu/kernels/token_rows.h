@@ -11,7 +11,7 @@ namespace LSC_ISA {
 constexpr int kIgnoreIndex = -100;
 // A row is cut into chunks of this many columns, each with a state of its own, merged in order. The cut depends on V
 // alone, so the result is the same bits whether one thread reads the row or several.
-constexpr int64_t kChunk = 16 * kTile;
+constexpr int64_t kChunk = 32768;
 
 template <typename T>
 inline const T* row_pointer(const Rows& rows, int64_t row) {
@@ -64,7 +64,7 @@ inline RowState<double> read_chunk(const TokenRows& rows, int64_t row, int64_t b
     LogprobReader reader(temperature);
     with_type(rows.policy.dtype, [&](auto type) {
       const auto* x = row_pointer<decltype(type)>(rows.policy, row);
-      for_tiles(begin, end, [&](int64_t i, int n, bool more) { reader.tile(x + i, n, more); });
+      for_tiles<decltype(type)>(begin, end, [&](int64_t i, int n, bool more) { reader.tile(x + i, n, more); });
     });
     return reader.state();
   }
@@ -73,16 +73,16 @@ inline RowState<double> read_chunk(const TokenRows& rows, int64_t row, int64_t b
     with_type(rows.policy.dtype, [&](auto type) {
       const auto* x = row_pointer<decltype(type)>(rows.policy, row);
       const auto* y = row_pointer<decltype(type)>(rows.ref, row);
-      for_tiles(begin, end, [&](int64_t i, int n, bool more) { reader.template tile<kReverse>(x + i, y + i, n, more); });
+      for_tiles<decltype(type)>(begin, end, [&](int64_t i, int n, bool more) { reader.template tile<kReverse>(x + i, y + i, n, more); });
     });
   } else {
     // two dtypes: each tile is widened to float in cache
-    alignas(64) float x_tile[kTile], y_tile[kTile];
+    alignas(64) float x_tile[kTile<float>], y_tile[kTile<float>];
     with_type(rows.policy.dtype, [&](auto x_type) {
       with_type(rows.ref.dtype, [&](auto y_type) {
         const auto* x = row_pointer<decltype(x_type)>(rows.policy, row);
         const auto* y = row_pointer<decltype(y_type)>(rows.ref, row);
-        for_tiles(begin, end, [&](int64_t i, int n, bool) {
+        for_tiles<float>(begin, end, [&](int64_t i, int n, bool) {
           convert(x + i, n, x_tile), convert(y + i, n, y_tile);
           reader.template tile<kReverse>(static_cast<const float*>(x_tile), static_cast<const float*>(y_tile), n, false);
         });
