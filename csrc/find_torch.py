@@ -44,7 +44,10 @@ def find_torch() -> Path:
     for root in places():
         if (root / HEADER).is_file():
             return root
-    sys.exit(f"no torch >= 2.11 beside {sys.executable}")
+    sys.exit(
+        f"no torch >= 2.11 was found beside {sys.executable} when it was installed; install torch first, or name "
+        "its include directory in LSC_KERNELS_TORCH_INCLUDE"
+    )
 
 
 if __name__ == "__main__":
