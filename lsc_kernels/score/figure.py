@@ -1,0 +1,120 @@
+"""One figure of a scored file: where the scores lie, which property binds, where in a response the KL is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+from .extras import require
+from .store import read_metadata
+from .summary import ScoreSummary, summarize
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUFFIXES = (".png", ".pdf", ".svg")
+# Okabe and Ito's colours: told apart by colour-blind readers; the line styles tell them apart in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = ("-", "--", ":", "-.")
+SHADES = ("#4d4d4d", "#999999", "#d0d0d0")
+FEWEST_ROWS = 0.05  # share of rows that must reach a position for its mean KL to be drawn
+
+
+def check_figure_name(path: Path) -> None:
+    """Refuse a name whose ending is no kind of figure, before anything is computed.
+
+    Raises:
+        UserError: it ends in something else.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--plot {path}: wants a name ending in {', '.join(SUFFIXES)}")
+
+
+def draw(out: Path, path: Path) -> None:
+    """Draw the figure of an output file.
+
+    Raises:
+        UserError: matplotlib is missing, or the figure cannot be written.
+    """
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    summary = summarize(out)
+    names = read_metadata(out)["names"]
+    columns = [f"{head}_{name}" for name in names for head in ("score", "reference")]
+    rows = pq.read_table(out, columns=["kl", *columns])
+    # A figure of its own, not pyplot's: nothing global changes and no display is looked for.
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    scores, binding, kl = figure.subplots(1, 3)
+    _draw_scores(scores, rows, names)
+    _draw_binding(binding, summary)
+    _draw_kl(kl, rows["kl"].combine_chunks(), summary)
+    for axes in (scores, binding, kl):
+        axes.spines[["top", "right"]].set_visible(False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=200)
+    except OSError as problem:
+        raise UserError(f"--plot {path}: cannot be written: {problem.strerror}") from problem
+
+
+def _draw_scores(axes: Any, rows: pa.Table, names: list[str]) -> None:
+    centred = {name: rows[f"score_{name}"].to_numpy() - rows[f"reference_{name}"].to_numpy() for name in names}
+    centred = {name: values[np.isfinite(values)] for name, values in centred.items()}
+    everything = np.concatenate(list(centred.values()))
+    bins = np.histogram_bin_edges(everything, bins="auto") if everything.size else np.linspace(-1, 1, 11)
+    # A few far values must not squeeze the rest into two bins, nor make thousands.
+    bins = np.linspace(bins[0], bins[-1], min(max(len(bins), 20), 80))
+    for k, (name, values) in enumerate(centred.items()):
+        axes.hist(
+            values,
+            bins=bins,
+            histtype="step",
+            linewidth=1.6,
+            color=COLOURS[k % len(COLOURS)],
+            linestyle=LINES[k % len(LINES)],
+            label=name,
+        )
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="score minus reference reward", ylabel="rows", title="Scores against the reference")
+    axes.legend(frameon=False)
+
+
+def _draw_binding(axes: Any, summary: ScoreSummary) -> None:
+    shown = (
+        ("share above reference", [one.share_above for one in summary.properties]),
+        ("mean marginal utility", [one.marginal_utility for one in summary.properties]),
+        ("share of rows it binds", [one.binds for one in summary.properties]),
+    )
+    places = np.arange(len(summary.properties))
+    for at, (label, values) in enumerate(shown):
+        bars = axes.barh(places + (at - 1) * 0.26, values, height=0.24, color=SHADES[at], label=label)
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    axes.set_yticks(places, [one.name for one in summary.properties])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.12), xlabel="share of rows, or slope of the utility", title="Which property binds")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=1)
+
+
+def _draw_kl(axes: Any, kl: pa.ListArray, summary: ScoreSummary) -> None:
+    lengths = pc.list_value_length(kl).to_numpy(zero_copy_only=False)
+    values = pc.list_flatten(kl).to_numpy(zero_copy_only=False).astype(np.float64)
+    positions = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    counts = np.bincount(positions)
+    means = np.bincount(positions, weights=values) / counts
+    shown = counts >= max(1, FEWEST_ROWS * counts[0])
+    axes.plot(np.flatnonzero(shown) + 1, means[shown], color=COLOURS[0], linewidth=1.4)
+    axes.axhline(summary.kl_per_token, color="black", linewidth=0.8, linestyle="--", label="mean over all tokens")
+    axes.set(
+        xlabel="response token",
+        ylabel=f"mean KL to the reference model ({summary.kl_kind})",
+        title="KL along the response",
+    )
+    axes.legend(frameon=False)
