@@ -45,8 +45,8 @@ def find_torch() -> Path:
         if (root / HEADER).is_file():
             return root
     sys.exit(
-        f"no torch >= 2.11 was found beside {sys.executable} when it was installed; install torch first, or name "
-        "its include directory in LSC_KERNELS_TORCH_INCLUDE"
+        f"no torch >= 2.11 was found beside {sys.executable} when it was installed; "
+        "install torch first, or name its include directory in LSC_KERNELS_TORCH_INCLUDE"
     )
 
 
