@@ -27,10 +27,12 @@ else:
         UNAVAILABLE = MISCONFIGURED = str(error)
 
 if UNAVAILABLE is None:
-    from lsc_kernels.native import kl_from_logprobs, token_kl, token_logprobs
+    from lsc_kernels.native import aggregate_rewards, kl_from_logprobs, lsc_transform, token_kl, token_logprobs
 
     OPS = {
+        "aggregate_rewards": aggregate_rewards,
         "kl_from_logprobs": kl_from_logprobs,
+        "lsc_transform": lsc_transform,
         "token_kl": token_kl,
         "token_logprobs": token_logprobs,
     }

@@ -71,8 +71,8 @@ def aggregate_rewards(
         reference_reward: :math:`r_\mathrm{ref}`; a float or a tensor that broadcasts against ``scores``.
         formula: only None, all of the properties, in this version.
         names: K names, one per property; they must differ.
-        weights: w, a tensor that broadcasts against ``scores``: the exponent on each property's probability. A
-            property with weight 0 counts for nothing, even where its score is -inf or NaN. None is 1.
+        weights: w, a tensor that broadcasts against ``scores``: the exponent on each property's probability.
+            A property with weight 0 counts for nothing, even where its score is -inf or NaN. None is 1.
         scale: s > 0, each reward model's Bradley-Terry temperature; a float or a tensor that broadcasts.
         floor: f in [0, 1), the rate at which each judge is wrong; a float or a tensor that broadcasts.
         missing: what a NaN score means. ``propagate``: the utility is NaN. ``ignore``: the property counts as
@@ -82,13 +82,14 @@ def aggregate_rewards(
         u [...], fp32 (fp64 if an input is fp64), in nats.
 
     Gradients:
-        To ``scores``, ``reference_reward``, ``scale`` and ``weights``, each in its dtype. First derivative only.
+        To ``scores``, ``reference_reward``, ``scale`` and ``weights``, each in its dtype. First derivative
+        only.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: no property, shapes that do not broadcast, devices that differ, a ``scale`` that is not finite
-            and positive, a ``floor`` outside [0, 1) or that requires grad, names that do not fit, an unknown
-            ``missing``, a formula; NaN scores with ``missing="raise"``.
+        ValueError: no property, shapes that do not broadcast, devices that differ, a ``scale`` that is not
+            finite and positive, a ``floor`` outside [0, 1) or that requires grad, names that do not fit, an
+            unknown ``missing``, a formula; NaN scores with ``missing="raise"``.
 
     Source:
         Z. Wang et al., "Transforming and Combining Rewards for Aligning Large Language Models" (2024),

@@ -109,14 +109,16 @@ def lsc_transform(
 
     Args:
         reward: r, [...]; fp32, bf16, fp16, or fp64 (computed in fp64). Any strides.
-        reference_reward: the threshold :math:`r_\mathrm{ref}`; a float or a tensor that broadcasts against ``reward``.
-        scale: s > 0, the reward model's Bradley-Terry temperature, in units of the reward; a float or a tensor.
+        reference_reward: the threshold :math:`r_\mathrm{ref}`; a float or a tensor that broadcasts against
+            ``reward``.
+        scale: s > 0, the reward model's Bradley-Terry temperature, in units of the reward; a float or a
+            tensor.
         floor: f in [0, 1), the rate at which a judge is wrong; a float or a tensor. It keeps u above log f.
 
     Returns:
-        u, of the broadcast shape, fp32 (fp64 if an input is fp64), in nats, never above 0. The difference is taken
-        before any rounding, and u is accurate to its own size: relative error at most 4e-7 wherever u is a normal
-        number. A reward of -inf gives log f, +inf gives 0, NaN gives NaN.
+        u, of the broadcast shape, fp32 (fp64 if an input is fp64), in nats, never above 0. The difference is
+        taken before any rounding, and u is accurate to its own size: relative error at most 4e-7 wherever u
+        is a normal number. A reward of -inf gives log f, +inf gives 0, NaN gives NaN.
 
     Gradients:
         To ``reward``, ``reference_reward`` and ``scale``, each in its dtype: with :math:`f = 0`,
@@ -124,8 +126,9 @@ def lsc_transform(
 
     Raises:
         TypeError: an argument that is neither a float nor a floating-point tensor.
-        ValueError: shapes that do not broadcast, devices that differ, a ``scale`` that is not finite and positive,
-            a ``floor`` outside [0, 1) or that requires grad (tensors' values are checked on the CPU only).
+        ValueError: shapes that do not broadcast, devices that differ, a ``scale`` that is not finite and
+            positive, a ``floor`` outside [0, 1) or that requires grad (tensors' values are checked on the CPU
+            only).
 
     Source:
         Z. Wang et al., "Transforming and Combining Rewards for Aligning Large Language Models" (2024),

@@ -28,35 +28,37 @@ def reward_head(
 
     .. math:: \mathrm{score}_{bk} = h_{b,p(b)} \cdot w_k + \mathrm{bias}_k
 
-    The position p(b) is ``index[b]``, else the last nonzero of ``attention_mask[b]`` (left or right padding, holes),
-    else S-1. It is never looked for by a pad-token id, which can be the end-of-sequence id.
+    The position p(b) is ``index[b]``, else the last nonzero of ``attention_mask[b]`` (left or right padding,
+    holes), else S-1. It is never looked for by a pad-token id, which can be the end-of-sequence id.
 
     Args:
-        hidden: h, [B, S, H]; or packed sequences [N, H] with ``cu_seqlens``; with ``pool="none"`` any [..., H]. fp32,
-            bf16, fp16, or fp64 (computed in fp64). Any strides. For K separate reward models: a list of K such tensors,
-            each with its own S and H.
+        hidden: h, [B, S, H]; or packed sequences [N, H] with ``cu_seqlens``; with ``pool="none"`` any [...,
+            H]. fp32, bf16, fp16, or fp64 (computed in fp64). Any strides. For K separate reward models: a
+            list of K such tensors, each with its own S and H.
         weight: [K, H]; for a list, K tensors [1, H_k] or [H_k].
         bias: [K] or None; for a list also a list of K tensors [1] or [], or None.
         attention_mask: [B, S] ([...] with ``pool="none"``), bool, int or float; nonzero counts.
         index: [B] int64 or int32 in [0, S). It decides even where ``attention_mask`` is given too.
-        cu_seqlens: [B+1] int64 or int32, rising from 0 to N: sequence b is rows cu_seqlens[b] ... cu_seqlens[b+1]-1.
-        pool: ``last``: one position per sequence, as above. ``none``: score every position (a value head); what
-            ``attention_mask`` leaves out scores 0.
+        cu_seqlens: [B+1] int64 or int32, rising from 0 to N: sequence b is rows cu_seqlens[b] ...
+            cu_seqlens[b+1]-1.
+        pool: ``last``: one position per sequence, as above. ``none``: score every position (a value head);
+            what ``attention_mask`` leaves out scores 0.
 
         For a list, ``attention_mask``, ``index`` and ``cu_seqlens`` are one for all models or a list of K.
 
     Returns:
-        [B, K], or [..., K] with ``pool="none"``; fp32 (fp64 if an input is fp64). A sequence without a counted position
-        scores NaN.
+        [B, K], or [..., K] with ``pool="none"``; fp32 (fp64 if an input is fp64). A sequence without a
+        counted position scores NaN.
 
     Gradients:
-        To ``hidden`` (dense, exactly 0 away from the rows read), ``weight`` and ``bias``, each in its dtype; a
-        sequence without a counted position sends none. First derivative only.
+        To ``hidden`` (dense, exactly 0 away from the rows read), ``weight`` and ``bias``, each in its dtype;
+        a sequence without a counted position sends none. First derivative only.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not match, devices that differ, options that exclude each other, ``cu_seqlens`` that
-            does not rise from 0 to N (checked on the CPU only; on a GPU such a sequence scores NaN).
+        ValueError: shapes that do not match, devices that differ, options that exclude each other,
+            ``cu_seqlens`` that does not rise from 0 to N (checked on the CPU only; on a GPU such a sequence
+            scores NaN).
         IndexError: ``index`` outside [0, S), on the CPU; on a GPU that sequence scores NaN.
 
     Example:

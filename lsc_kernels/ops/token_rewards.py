@@ -61,10 +61,10 @@ def token_rewards(
     Args:
         utility: u, [B]; fp32, bf16, fp16, or fp64 (computed in fp64). Any strides.
         kl: [B, T], of any of these dtypes.
-        mask: [B, T], bool, int or float; nonzero counts. What it leaves out has no KL and no dense reward, even where
-            they are NaN. None counts everything.
-        beta: :math:`\beta`, a finite float: the price of a nat of KL in units of utility. With 0 the KL plays no part,
-            whatever it is.
+        mask: [B, T], bool, int or float; nonzero counts. What it leaves out has no KL and no dense reward,
+            even where they are NaN. None counts everything.
+        beta: :math:`\beta`, a finite float: the price of a nat of KL in units of utility. With 0 the KL plays
+            no part, whatever it is.
         placement: see above.
         index: [B] int64 or int32 in [0, T); implies ``placement="index"``.
         dense: [B, T] scores per token, added where ``mask`` counts.
@@ -80,7 +80,8 @@ def token_rewards(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes that do not match, devices that differ, a ``beta`` that is not finite, an unknown
             ``placement``, an ``index`` beside another placement, a bad ``utility_clip``.
-        IndexError: ``index`` outside [0, T) in a sequence with a counted position, on the CPU; on a GPU that row is NaN.
+        IndexError: ``index`` outside [0, T) in a sequence with a counted position, on the CPU; on a GPU that
+            row is NaN.
 
     Example:
         >>> import torch, lsc_kernels as lk

@@ -1,0 +1,86 @@
+// aggregate_rewards on the CPU. The operands come broadcast to one of three forms; their gradients leave at the scores'
+// shape, in float32.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/kernels/aggregate_rewards.h"
+#include "cpu/transform_operands.h"
+
+namespace lsc {
+
+namespace {
+
+struct Inputs {
+  Tensor scores;
+  OperandTensor reference, scale, floor, weights;
+  TransformInputs kernel;
+  Aggregation how;
+  int64_t rows;
+
+  Inputs(const Tensor& given, const std::optional<Tensor>& reference_reward, double reference_number,
+         const std::optional<Tensor>& scales, double scale_number, const std::optional<Tensor>& floors,
+         double floor_number, const std::optional<Tensor>& given_weights, bool ignore_missing)
+      : scores(dense(given)),
+        reference(operand_of(reference_reward, reference_number, scores)),
+        scale(operand_of(scales, scale_number, scores)),
+        floor(operand_of(floors, floor_number, scores)),
+        weights(operand_of(given_weights, 1.0, scores)) {
+    kernel = {scores.data_ptr(), dtype_of(scores), scores.size(scores.dim() - 1), reference.operand, scale.operand,
+              floor.operand};
+    how = {weights.operand, ignore_missing};
+    rows = scores.numel() == 0 ? 0 : scores.numel() / kernel.columns;
+  }
+};
+
+Sizes without_last(const Tensor& tensor) { return {tensor.sizes().data(), size_t(tensor.dim() - 1)}; }
+
+}  // namespace
+
+static Tensor forward(
+    Tensor scores, std::optional<Tensor> reference_reward, double reference_number, std::optional<Tensor> scale,
+    double scale_number, std::optional<Tensor> floor, double floor_number, std::optional<Tensor> weights,
+    bool ignore_missing) {
+  const Inputs inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights,
+                      ignore_missing);
+  const Tensor utility = empty(without_last(inputs.scores), torch::headeronly::ScalarType::Float);
+  float* out = static_cast<float*>(utility.data_ptr());
+  auto* kernel = LSC_DISPATCH_ISA(aggregate_forward);
+  torch::stable::parallel_for(0, inputs.rows, rows_per_task(inputs.kernel.columns), [&](int64_t begin, int64_t end) {
+    kernel(inputs.kernel, inputs.how, out, begin, end);
+  });
+  return utility;
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad, Tensor scores, std::optional<Tensor> reference_reward, double reference_number,
+    std::optional<Tensor> scale, double scale_number, std::optional<Tensor> floor, double floor_number,
+    std::optional<Tensor> weights, bool ignore_missing, bool want_reference, bool want_scale, bool want_weights) {
+  const Inputs inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights,
+                      ignore_missing);
+  const Tensor upstream = dense(grad);
+  const Tensor to_scores = empty(inputs.scores.sizes(), scores.scalar_type());
+  const Tensor to_reference = wanted_like(want_reference, inputs.scores, torch::headeronly::ScalarType::Float);
+  const Tensor to_scale = wanted_like(want_scale, inputs.scores, torch::headeronly::ScalarType::Float);
+  const Tensor to_weights = wanted_like(want_weights, inputs.scores, torch::headeronly::ScalarType::Float);
+  const TransformGradients out{to_scores.data_ptr(), data_if<float>(want_reference, to_reference),
+                               data_if<float>(want_scale, to_scale), data_if<float>(want_weights, to_weights)};
+  auto* kernel = LSC_DISPATCH_ISA(aggregate_backward);
+  torch::stable::parallel_for(0, inputs.rows, rows_per_task(inputs.kernel.columns), [&](int64_t begin, int64_t end) {
+    kernel(inputs.kernel, inputs.how, static_cast<float*>(upstream.data_ptr()), out, begin, end);
+  });
+  return {to_scores, to_reference, to_scale, to_weights};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
+  m.def("aggregate_rewards_forward(Tensor scores, Tensor? reference_reward, float reference_number, Tensor? scale,"
+        " float scale_number, Tensor? floor, float floor_number, Tensor? weights, bool ignore_missing) -> Tensor");
+  m.def("aggregate_rewards_backward(Tensor grad, Tensor scores, Tensor? reference_reward, float reference_number,"
+        " Tensor? scale, float scale_number, Tensor? floor, float floor_number, Tensor? weights, bool ignore_missing,"
+        " bool want_reference, bool want_scale, bool want_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lsc_kernels, CPU, m) {
+  m.impl("aggregate_rewards_forward", TORCH_BOX(&forward));
+  m.impl("aggregate_rewards_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace lsc

@@ -1,0 +1,18 @@
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/kernels/transform.h"
+
+namespace lsc {
+
+struct Aggregation {
+  Operand weights;
+  bool ignore_missing;
+};
+
+LSC_DECLARE_KERNELS(
+    // Rows [begin, end). Forward writes one u per row; backward reads `grad` of every row.
+    void aggregate_forward(const TransformInputs&, const Aggregation&, float* utility, int64_t begin, int64_t end);
+    void aggregate_backward(const TransformInputs&, const Aggregation&, const float* grad, const TransformGradients&, int64_t begin, int64_t end);)
+
+}  // namespace lsc

@@ -1,0 +1,13 @@
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/kernels/transform.h"
+
+namespace lsc {
+
+LSC_DECLARE_KERNELS(
+    // Rows [begin, end). Forward writes u of every score; backward reads `grad` of every u.
+    void lsc_transform_forward(const TransformInputs&, float* utility, int64_t begin, int64_t end);
+    void lsc_transform_backward(const TransformInputs&, const float* grad, const TransformGradients&, int64_t begin, int64_t end);)
+
+}  // namespace lsc
