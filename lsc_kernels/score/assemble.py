@@ -1,7 +1,7 @@
 """From finished rows to the output: reference rewards, utilities, rewards per token, in input order.
 
-All of this is cheap next to the models and needs the scores of the whole file, so it happens once, at the end,
-window by window: no more than one window of per-token values is in memory.
+All of this is cheap next to the models and needs the scores of the whole file, so it happens once, at the
+end, window by window: no more than one window of per-token values is in memory.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class Shaping:
         return cls(names, rules, **spread, beta=config.beta, placement=config.placement)
 
 
-def assemble(store: PartStore, windows: int, shaping: Shaping, about: dict[str, Any], bad: Sequence[BadLine]) -> None:
+def assemble(
+    store: PartStore, windows: int, shaping: Shaping, about: dict[str, Any], bad: Sequence[BadLine]
+) -> None:
     """Write the output from the parts.
 
     Args:
@@ -95,7 +97,10 @@ def assemble(store: PartStore, windows: int, shaping: Shaping, about: dict[str, 
     """
     scalars = _scalars(store, windows)
     refused = scalars.filter(pc.is_valid(scalars["error"]))
-    late = [BadLine(*found) for found in zip(*(refused[name].to_pylist() for name in ("line", "error")), strict=True)]
+    late = [
+        BadLine(*found)
+        for found in zip(*(refused[name].to_pylist() for name in ("line", "error")), strict=True)
+    ]
     scalars = scalars.filter(pc.is_null(scalars["error"]))
     if not scalars.num_rows:
         raise UserError(f"not one of the rows can be scored; line {late[0].line}: {late[0].reason}")
@@ -138,8 +143,8 @@ def reference_rewards(
         rules: one per property.
 
     Returns:
-        References [rows, K] in float32, and how many rows were alone with their prompt and got the quantile of
-        the whole file where that of the prompt was asked for: a response cannot be its own reference.
+        References [rows, K] in float32, and how many rows were alone with their prompt and got the quantile
+        of the whole file where that of the prompt was asked for: a response cannot be its own reference.
     """
     references = np.array(given, dtype=np.float64)
     groups: list[list[int]] = []
@@ -156,7 +161,9 @@ def reference_rewards(
         if rule.kind == "prompt-quantile":
             for rows in groups:
                 references[rows, k] = _quantile(scores[rows, k], rule.value)
-    alone = len(prompts) - sum(map(len, groups)) if any(rule.kind == "prompt-quantile" for rule in rules) else 0
+    alone = (
+        len(prompts) - sum(map(len, groups)) if any(rule.kind == "prompt-quantile" for rule in rules) else 0
+    )
     return references.astype(np.float32), alone
 
 
@@ -167,10 +174,11 @@ def _quantile(scores: np.ndarray, q: float) -> float:
 
 def _shape(rows: pa.Table, references: np.ndarray, shaping: Shaping) -> pa.Table:
     """The output rows of one window."""
-    # The derivative of the utility is the marginal utility: asking autograd for it keeps floor and weights in.
+    # The derivative of the utility is the marginal utility: asking autograd for it keeps floor and weights
+    # in.
     scores = torch.from_numpy(_matrix(rows["scores"], len(shaping.names)).copy()).requires_grad_()
     reference = torch.from_numpy(references.copy())
-    shape = {"scale": shaping.scale, "floor": shaping.floor}
+    shape: dict[str, Any] = {"scale": shaping.scale, "floor": shaping.floor}
     utilities = lk.lsc_transform(scores, reference, **shape)
     (slope,) = torch.autograd.grad(utilities.sum(), scores)
     marginal = (slope * shaping.scale).numpy()
@@ -216,9 +224,10 @@ def _output_schema(names: Sequence[str]) -> pa.Schema:
     kinds = {field.name: field.type for field in part_schema()}
     fields = [(name, kinds[name]) for name in ("line", "id", "side", "prompt", "response")]
     for name in names:
-        fields += [(f"{what}_{name}", pa.float32()) for what in ("score", "reference", "utility", "marginal_utility")]
+        fields += [
+            (f"{what}_{name}", pa.float32()) for what in ("score", "reference", "utility", "marginal_utility")
+        ]
     fields += [("utility", pa.float32()), ("binding", pa.string())]
     tokens = ("prompt_tokens", "prompt_tokens_cut", "response_tokens_cut", "reward_tokens_cut")
     fields += [(name, kinds[name]) for name in (*tokens, "token_ids", "logprobs", "ref_logprobs", "kl")]
     return pa.schema([*fields, ("rewards", FLOATS)])
-

@@ -25,7 +25,8 @@ def plan_batches(
         lengths: tokens of each row.
         max_tokens: the most tokens of a batch, padding included; a row longer than that goes alone.
         batch_size: the most rows of a batch.
-        counted: a second size of each row (its response tokens), of which a batch holds ``max_counted`` at most.
+        counted: a second size of each row (its response tokens), of which a batch holds ``max_counted`` at
+            most.
 
     Returns:
         Row numbers of each batch.
@@ -50,8 +51,8 @@ def plan_batches(
 def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids [B, S] and attention mask [B, S] of rows of unequal length.
 
-    Padding stands on the right, where a causal model cannot see it and positions count from 0 as they do for a
-    row alone.
+    Padding stands on the right, where a causal model cannot see it and positions count from 0 as they do for
+    a row alone.
     """
     width = max(len(row) for row in rows)
     ids = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])

@@ -28,7 +28,8 @@ class ReferenceRule:
     """Where the reference reward of one property comes from.
 
     ``kind`` is ``number``, ``quantile`` (of the scores of this file), ``prompt-quantile`` (of the responses
-    that share a prompt), ``column`` (of the data) or ``canned`` (the score of a fixed response to the prompt).
+    that share a prompt), ``column`` (of the data) or ``canned`` (the score of a fixed response to the
+    prompt).
     """
 
     kind: str
@@ -52,7 +53,8 @@ class ReferenceRule:
         number = _number(str(given))
         if not math.isfinite(number):
             raise UserError(
-                f"--reference {given!r}: wants a number, quantile:Q, prompt-quantile:Q, column:NAME or canned:TEXT"
+                f"--reference {given!r}: wants a number, quantile:Q, prompt-quantile:Q, column:NAME "
+                "or canned:TEXT"
             )
         return cls("number", value=number)
 
@@ -162,10 +164,21 @@ class ScoreConfig:
     def result_options(self) -> dict[str, Any]:
         """The options that change what is computed, as plain values: what a resumed run must repeat.
 
-        How rows are batched is left out (it changes results by rounding alone, and a run that ran out of memory
-        must be able to go on with smaller batches), as are device, threads and everything about files.
+        How rows are batched is left out (it changes results by rounding alone, and a run that ran out of
+        memory must be able to go on with smaller batches), as are device, threads and everything about files.
         """
-        chosen = ("kl", "beta", "placement", "temperature", "chat", "eos", "max_length", "dtype", "limit", "seed")
+        chosen = (
+            "kl",
+            "beta",
+            "placement",
+            "temperature",
+            "chat",
+            "eos",
+            "max_length",
+            "dtype",
+            "limit",
+            "seed",
+        )
         options: dict[str, Any] = {name: getattr(self, name) for name in chosen}
         options |= {name: list(self.numbers(name)) for name in ("scale", "floor", "weights")}
         options["reference"] = [str(rule) for rule in self.references()]

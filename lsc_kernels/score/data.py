@@ -1,8 +1,8 @@
 """Reading (prompt, response) rows from JSON lines, Parquet and Hugging Face datasets.
 
-A record is one line of a file; an example is one row to score. A record gives one example, or two when it is a
-``chosen``/``rejected`` pair. A record that cannot be read is a `BadLine` and does not stop the reading. Data is
-streamed: one pass counts and checks it (`scan`), a second one hands it out in windows (`windows`).
+A record is one line of a file; an example is one row to score. A record gives one example, or two when it is
+a ``chosen``/``rejected`` pair. A record that cannot be read is a `BadLine` and does not stop the reading.
+Data is streamed: one pass counts and checks it (`scan`), a second one hands it out in windows (`windows`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class BadLine:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over the data found: how much there is, its digest, the bad lines, the first good rows."""
+    """What one pass over the data found: how much, its digest, the bad lines, the first good rows."""
 
     records: int
     examples: int
@@ -209,7 +209,9 @@ def _pair(record: Mapping[str, Any]) -> list[tuple[str | None, str | tuple[Messa
             return [("chosen", shared, first), ("rejected", shared, second)]
         before = _prompt(prompt)
         # Some data sets repeat the prompt inside both sides; counting it as response would score it twice.
-        cut = len(before) if isinstance(before, str) and before and _both_start(chosen, rejected, before) else 0
+        cut = (
+            len(before) if isinstance(before, str) and before and _both_start(chosen, rejected, before) else 0
+        )
         return [("chosen", before, chosen[cut:]), ("rejected", before, rejected[cut:])]
     sides: list[tuple[str | None, str | tuple[Message, ...], str]] = []
     before_chat = () if prompt is None else _as_chat(_prompt(prompt))
@@ -262,7 +264,8 @@ def _message(message: Any, field: str) -> Message:
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(parts) else None
     if not isinstance(content, str):
         raise BadRecord(f"{field}: the content of a message is not text")
     return message["role"], content
@@ -325,7 +328,11 @@ def _open(source: DataSource, fields: Sequence[str]) -> Any:
     folder, colon, split = str(source).rpartition(":")
     if colon and Path(folder).is_dir():
         return _dataset_reader(_saved_dataset(Path(folder), split), str(source), fields)
-    if name.endswith((*JSON_SUFFIXES, ".parquet")) or path.is_absolute() or str(source).startswith((".", "~")):
+    if (
+        name.endswith((*JSON_SUFFIXES, ".parquet"))
+        or path.is_absolute()
+        or str(source).startswith((".", "~"))
+    ):
         raise UserError(f"--data {source}: no such file")
     return _dataset_reader(_hub_dataset(str(source)), str(source), fields)
 
@@ -378,7 +385,8 @@ def _parquet_reader(path: Path, fields: Sequence[str]) -> Any:
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(PARQUET_BATCH, columns=wanted):
-                    for number, record in enumerate(batch.to_pylist(), start=number + 1):
+                    for record in batch.to_pylist():
+                        number += 1
                         yield number, record
         except (pa.ArrowException, OSError) as problem:
             raise UserError(
@@ -391,7 +399,9 @@ def _parquet_reader(path: Path, fields: Sequence[str]) -> Any:
 def _dataset_reader(dataset: Any, source: str, fields: Sequence[str]) -> Any:
     if isinstance(dataset, dict):
         splits = ", ".join(dataset)
-        raise UserError(f"--data {source}: holds several splits ({splits}); say which, as {source}:{next(iter(dataset))}")
+        raise UserError(
+            f"--data {source}: holds several splits ({splits}); say which, as {source}:{next(iter(dataset))}"
+        )
     chosen = dataset.select_columns(_wanted_columns(dataset.column_names, fields, source))
     return lambda: enumerate(chosen, start=1)
 
@@ -424,8 +434,8 @@ def _hub_dataset(source: str) -> Any:
             return load_dataset(name, split=split)
     except Exception as problem:
         raise UserError(
-            f"--data {source}: no such file or folder, and the Hugging Face hub gave no dataset {name!r} with "
-            f"split {split!r}: {offline or first_line(problem)}"
+            f"--data {source}: no such file or folder, and the Hugging Face hub gave no dataset {name!r} "
+            f"with split {split!r}: {offline or first_line(problem)}"
         ) from problem
 
 
@@ -437,4 +447,3 @@ def _wanted_columns(names: Sequence[str], fields: Sequence[str], source: str) ->
             "or chosen and rejected"
         )
     return wanted
-

@@ -35,10 +35,10 @@ def encoded(encoding: Encoding) -> Encoded:
 class TextEncoder:
     """Turns rows into the token ids one model sees.
 
-    Prompt and response are tokenised as one text, and the response starts where that differs from the prompt's
-    own tokens: a token that spans the border belongs to the response. Text that does not fit into ``limit``
-    tokens loses the oldest tokens of the prompt first, and the end of the response only when the response alone
-    is too long; special tokens at the ends stay.
+    Prompt and response are tokenised as one text, and the response starts where that differs from the
+    prompt's own tokens: a token that spans the border belongs to the response. Text that does not fit into
+    ``limit`` tokens loses the oldest tokens of the prompt first, and the end of the response only when the
+    response alone is too long; special tokens at the ends stay.
 
     Args:
         tokenizer: the model's own tokenizer; it needs no padding token.
@@ -71,12 +71,15 @@ class TextEncoder:
         texts = [self._texts(example) for example in examples]
         encodings: list[Encoding] = [text if isinstance(text, str) else "" for text in texts]
         for templated in (False, True):
-            rows = [row for row, text in enumerate(texts) if not isinstance(text, str) and text[2] is templated]
+            rows = {
+                row: text
+                for row, text in enumerate(texts)
+                if not isinstance(text, str) and text[2] is templated
+            }
             # Both sides of a pair and all answers to one prompt share it: each text is tokenised once.
-            unique = {text: None for row in rows for text in texts[row][:2]}
-            ids = dict(zip(unique, self._tokenize(list(unique), templated), strict=True))
-            for row in rows:
-                prompt, full, _ = texts[row]
+            unique = list(dict.fromkeys(text for prompt, full, _ in rows.values() for text in (prompt, full)))
+            ids = dict(zip(unique, self._tokenize(unique, templated), strict=True))
+            for row, (prompt, full, _) in rows.items():
                 encodings[row] = self._finish(ids[prompt], ids[full], templated)
         return encodings
 
@@ -170,4 +173,3 @@ def _turns(prompt: str) -> tuple[Message, ...]:
         said, *answers = piece.split(ASSISTANT)
         turns += [("user", said.strip()), *(("assistant", answer.strip()) for answer in answers)]
     return tuple(turns)
-

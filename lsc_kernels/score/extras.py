@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from typing import Any
 from urllib.parse import urlparse
 
 from ..errors import UserError
@@ -34,8 +35,8 @@ def require(*modules: str) -> None:
 def offline_note() -> str:
     """Why the hub cannot be asked, or nothing when it can.
 
-    Asked once per process with a short time limit: without a network the hub's own client tries every file for
-    half a minute. Behind a proxy a direct connection says nothing, so the client is left to try.
+    Asked once per process with a short time limit: without a network the hub's own client tries every file
+    for half a minute. Behind a proxy a direct connection says nothing, so the client is left to try.
     """
     from huggingface_hub import constants
 
@@ -71,7 +72,8 @@ def quiet_hub(*, offline: bool) -> Iterator[None]:
             transformers.utils.logging.disable_progress_bar()
             restore.callback(transformers.utils.logging.enable_progress_bar)
         # Both libraries read the environment once, at import; a variable set now would come too late.
-        for settings in (huggingface_hub.constants, datasets.config) if offline else ():
+        libraries: tuple[Any, ...] = (huggingface_hub.constants, datasets.config) if offline else ()
+        for settings in libraries:
             restore.callback(setattr, settings, "HF_HUB_OFFLINE", settings.HF_HUB_OFFLINE)
             settings.HF_HUB_OFFLINE = True
         yield

@@ -21,8 +21,9 @@ SUFFIXES = (".png", ".pdf", ".svg")
 # Okabe and Ito's colours: told apart by colour-blind readers; the line styles tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", "--", ":", "-.")
-SHADES = ("#4d4d4d", "#999999", "#d0d0d0")
-FEWEST_ROWS = 0.05  # share of rows that must reach a position for its mean KL to be drawn
+HATCHES = ("", "///", "...", "xxx")
+FEWEST_ROWS = 0.05  # the KL is drawn up to the position that this share of rows reaches
+KL_BINS = 32
 
 
 def check_figure_name(path: Path) -> None:
@@ -66,55 +67,65 @@ def draw(out: Path, path: Path) -> None:
 
 
 def _draw_scores(axes: Any, rows: pa.Table, names: list[str]) -> None:
-    centred = {name: rows[f"score_{name}"].to_numpy() - rows[f"reference_{name}"].to_numpy() for name in names}
+    centred = {
+        name: rows[f"score_{name}"].to_numpy() - rows[f"reference_{name}"].to_numpy() for name in names
+    }
     centred = {name: values[np.isfinite(values)] for name, values in centred.items()}
     everything = np.concatenate(list(centred.values()))
     bins = np.histogram_bin_edges(everything, bins="auto") if everything.size else np.linspace(-1, 1, 11)
     # A few far values must not squeeze the rest into two bins, nor make thousands.
     bins = np.linspace(bins[0], bins[-1], min(max(len(bins), 20), 80))
     for k, (name, values) in enumerate(centred.items()):
-        axes.hist(
-            values,
-            bins=bins,
-            histtype="step",
-            linewidth=1.6,
-            color=COLOURS[k % len(COLOURS)],
-            linestyle=LINES[k % len(LINES)],
-            label=name,
-        )
+        line = {"color": COLOURS[k % len(COLOURS)], "linestyle": LINES[k % len(LINES)]}
+        axes.hist(values, bins=bins, histtype="step", linewidth=1.6, label=name, **line)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(xlabel="score minus reference reward", ylabel="rows", title="Scores against the reference")
     axes.legend(frameon=False)
 
 
 def _draw_binding(axes: Any, summary: ScoreSummary) -> None:
-    shown = (
-        ("share above reference", [one.share_above for one in summary.properties]),
-        ("mean marginal utility", [one.marginal_utility for one in summary.properties]),
-        ("share of rows it binds", [one.binds for one in summary.properties]),
-    )
-    places = np.arange(len(summary.properties))
-    for at, (label, values) in enumerate(shown):
-        bars = axes.barh(places + (at - 1) * 0.26, values, height=0.24, color=SHADES[at], label=label)
+    shown = ("share_above", "marginal_utility", "binds")
+    labels = ("rows above\nthe reference", "marginal utility\n(mean slope)", "rows where\nit binds")
+    places = np.arange(len(shown))
+    height = 0.8 / len(summary.properties)
+    for k, one in enumerate(summary.properties):
+        offset = (k - (len(summary.properties) - 1) / 2) * height
+        values = [getattr(one, name) for name in shown]
+        look = {
+            "facecolor": COLOURS[k % len(COLOURS)],
+            "hatch": HATCHES[k % len(HATCHES)],
+            "edgecolor": "white",
+        }
+        bars = axes.barh(places + offset, values, height=0.92 * height, label=one.name, **look)
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-    axes.set_yticks(places, [one.name for one in summary.properties])
+    axes.set_yticks(places, labels)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1.12), xlabel="share of rows, or slope of the utility", title="Which property binds")
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=1)
+    axes.set(xlim=(0, 1.1), xlabel="share of rows, or slope", title="Which property binds")
+    axes.legend(frameon=False)
 
 
 def _draw_kl(axes: Any, kl: pa.ListArray, summary: ScoreSummary) -> None:
     lengths = pc.list_value_length(kl).to_numpy(zero_copy_only=False)
     values = pc.list_flatten(kl).to_numpy(zero_copy_only=False).astype(np.float64)
     positions = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    counts = np.bincount(positions)
-    means = np.bincount(positions, weights=values) / counts
-    shown = counts >= max(1, FEWEST_ROWS * counts[0])
-    axes.plot(np.flatnonzero(shown) + 1, means[shown], color=COLOURS[0], linewidth=1.4)
-    axes.axhline(summary.kl_per_token, color="black", linewidth=0.8, linestyle="--", label="mean over all tokens")
-    axes.set(
-        xlabel="response token",
-        ylabel=f"mean KL to the reference model ({summary.kl_kind})",
-        title="KL along the response",
+    reach = max(1, int(np.quantile(lengths, 1 - FEWEST_ROWS)))
+    edges = np.unique(np.linspace(0, reach, KL_BINS + 1).round())
+    inside = positions < reach
+    counts, _ = np.histogram(positions[inside], edges)
+    sums, _ = np.histogram(positions[inside], edges, weights=values[inside])
+    means = sums / counts
+    # Tokens are counted from 1: a bin over positions a to b-1 has its middle at (a + b + 1) / 2.
+    axes.plot((edges[:-1] + edges[1:] + 1) / 2, means, color=COLOURS[0], linewidth=1.6, marker=".")
+    axes.axhline(
+        summary.kl_per_token, color="black", linewidth=0.8, linestyle="--", label="mean of all tokens"
     )
+    axes.set_ylim(*_room(np.append(means, summary.kl_per_token)))
+    axes.set(xlabel="response token", ylabel=f"mean KL ({summary.kl_kind})", title="KL along the response")
     axes.legend(frameon=False)
+
+
+def _room(values: np.ndarray) -> tuple[float, float]:
+    """Limits from zero, with room above for the legend; signed kinds of KL reach below it."""
+    known = np.append(values[np.isfinite(values)], 0.0)
+    low, high = float(known.min()), float(known.max())
+    return low, high + 0.25 * (high - low or 1.0)

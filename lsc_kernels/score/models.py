@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ def load(
         )
     digest = _digest(model, tokenizer)
     try:
-        model = model.to(device)
+        cast("nn.Module", model).to(device)
     except torch.OutOfMemoryError as problem:
         raise UserError(f"--{option} {label}: does not fit into the memory of {device}") from problem
     return LoadedModel(model, tokenizer, label, digest)
@@ -110,7 +110,7 @@ def _from_pretrained(
         raise UserError(f"--{option} {name}: no such folder")
     offline = "" if is_folder else offline_note()
     options = {"trust_remote_code": trust_remote_code, "local_files_only": bool(offline)}
-    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    kind: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     try:
         with quiet_hub(offline=bool(offline)):
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -132,7 +132,8 @@ def _from_pretrained(
 def _digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of weights, configuration and tokenizer: by content, so moving a folder changes nothing.
 
-    Every weight is read once where it lies: rows are reduced by xor on the device, and what is left is hashed.
+    Every weight is read once where it lies: rows are reduced by xor on the device, and what is left is
+    hashed.
     """
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, weight in sorted(model.state_dict().items()):
@@ -174,14 +175,20 @@ def check_same_vocabulary(policy: LoadedModel, ref: LoadedModel) -> None:
     sizes = [_logit_count(loaded) for loaded in (policy, ref)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"--policy {policy.label} has {sizes[0]} logits and --ref {ref.label} {sizes[1]}: the KL compares them "
-            "one by one, so both must come from the same base model"
+            f"--policy {policy.label} has {sizes[0]} logits and --ref {ref.label} {sizes[1]}: the KL "
+            "compares them one by one, so both must come from the same base model"
         )
     if policy.tokenizer.get_vocab() != ref.tokenizer.get_vocab():
         raise UserError(
-            f"--policy {policy.label} and --ref {ref.label} have different vocabularies: the KL compares them "
-            "token by token, so both must share one tokenizer"
+            f"--policy {policy.label} and --ref {ref.label} have different vocabularies: the KL compares "
+            "them token by token, so both must share one tokenizer"
         )
+
+
+def label_names(loaded: LoadedModel) -> list[str]:
+    """The labels of a classifier, in the order of its scores."""
+    labels: dict[Any, str] = dict(loaded.model.config.id2label or {})
+    return [str(labels[k]) for k in sorted(labels, key=int)]
 
 
 def _logit_count(loaded: LoadedModel) -> int:
@@ -226,11 +233,12 @@ class RewardScorer:
     """A sequence-classification model that gives each text one score per label.
 
     Where the head is a plain linear layer ``score`` on the last token, the base model runs and
-    `lsc_kernels.reward_head` scores the last token of each row, found from the attention mask: the model's own
-    forward pass scores every position and then looks for the padding token, which picks the wrong place when
-    padding and end of text share a token. Other heads (first token, pooled, with hidden layers) go through the
-    model's own forward pass, in batches if padding on the right leaves their scores as they are, else row by
-    row. Which of the three holds is tried out on the first rows of the data, not guessed from the name.
+    `lsc_kernels.reward_head` scores the last token of each row, found from the attention mask: the model's
+    own forward pass scores every position and then looks for the padding token, which picks the wrong place
+    when padding and end of text share a token. Other heads (first token, pooled, with hidden layers) go
+    through the model's own forward pass, in batches if padding on the right leaves their scores as they are,
+    else row by row. Which of the three holds is tried out on the first rows of the data, not guessed from the
+    name.
 
     Args:
         loaded: the model.
@@ -243,7 +251,7 @@ class RewardScorer:
         self._options = {"use_cache": False} if _takes(self.model, "use_cache") else {}
         pad = loaded.tokenizer.pad_token_id
         self.pad = pad if pad is not None else self.model.config.get_text_config().pad_token_id
-        self.properties = int(self.model.config.num_labels)
+        self.properties = len(label_names(loaded))
         by_length = sorted(samples, key=len)
         self.mode = self._try_out([by_length[0], by_length[-1]])
 
@@ -262,7 +270,7 @@ class RewardScorer:
         # Any token can fill the padding: nothing looks at it.
         ids, mask = pad_right(rows, 0, self.device)
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask, **self._options).last_hidden_state
-        head = self.model.score
+        head: Any = self.model.score
         return lk.reward_head(hidden, head.weight, head.bias, attention_mask=mask)
 
     def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:

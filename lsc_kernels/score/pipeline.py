@@ -1,8 +1,8 @@
 """The scoring run: read, encode, run the models, keep what is done, assemble the output.
 
-The data is cut into windows of consecutive rows. Inside a window rows of similar length are batched; while the
-models work on one window, the next is read and encoded on another thread. Finished batches are kept on disk
-every few seconds, so a run that was interrupted repeats no more than that.
+The data is cut into windows of consecutive rows. Inside a window rows of similar length are batched; while
+the models work on one window, the next is read and encoded on another thread. Finished batches are kept on
+disk every few seconds, so a run that was interrupted repeats no more than that.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def _check_scan(scan: Scan, config: ScoreConfig) -> None:
     if scan.examples == 0:
         first = scan.bad[0]
         raise UserError(
-            f"--data {source}: none of its {scan.records} records can be scored; line {first.line}: {first.reason}"
+            f"--data {source}: none of its {scan.records} records can be scored; "
+            f"line {first.line}: {first.reason}"
         )
 
 
@@ -234,11 +235,13 @@ def _property_names(config: ScoreConfig, reward_models: Sequence[LoadedModel]) -
 
 
 def _own_names(loaded: LoadedModel) -> list[str]:
-    labels = loaded.model.config.id2label
+    from .models import label_names
+
+    labels = label_names(loaded)
     base = Path(loaded.label).name or "reward"
     if len(labels) == 1:
         return [base]
-    return [f"{base}_{k}" if label == f"LABEL_{k}" else str(label) for k, label in sorted(labels.items())]
+    return [f"{base}_{k}" if label == f"LABEL_{k}" else label for k, label in enumerate(labels)]
 
 
 def _notes(loaded: Sequence[LoadedModel], rewards: Sequence[RewardScorer]) -> list[str]:
@@ -260,12 +263,12 @@ class _Window:
     examples: list[Example]
     policy: list[Encoding]
     rewards: list[list[Encoding]]
-    canned: dict[int, list[Encoding]]  # by reward model: the canned response to each row's prompt
+    canned: dict[int, list[Encoding]]  # by property: the canned response to each row's prompt
     errors: dict[int, str]
 
 
 def _prepared(run: _Run, data: Data, done: set[int]) -> Iterator[_Window | tuple[int, int]]:
-    """Windows that have rows to do, encoded; for a window that is done, its numbers of rows and characters."""
+    """Windows that have rows to do, encoded; of a window that is done, its numbers of rows and characters."""
     first_row = 0
     for number, examples in enumerate(data.windows(WINDOW)):
         if all(row in done for row in range(first_row, first_row + len(examples))):
@@ -282,7 +285,9 @@ def _encode(run: _Run, number: int, first_row: int, examples: list[Example]) -> 
     for model, (start, encoder) in enumerate(zip(run.columns(), run.reward_encoders, strict=True)):
         for k in range(start, start + run.rewards[model].properties):
             if run.rules[k].kind == "canned":
-                answered = [replace(example, response=_canned_text(example, run.rules[k])) for example in examples]
+                answered = [
+                    replace(example, response=_canned_text(example, run.rules[k])) for example in examples
+                ]
                 canned[k] = encoder.encode(answered)
     errors: dict[int, str] = {}
     for encodings in (policy, *rewards, *canned.values()):
@@ -349,8 +354,10 @@ def _plan(run: _Run, window: _Window) -> list[list[int]]:
     """Batches of the rows that can be scored, the same whether or not some are done already."""
     rows = [row for row in range(len(window.examples)) if row not in window.errors]
     tokens = [encoded(window.policy[row]) for row in rows]
+    # Every model gets the same rows; the one whose tokenizer makes the most of them decides how many fit.
+    every = (window.policy, *window.rewards)
     batches = plan_batches(
-        [len(one.ids) for one in tokens],
+        [max(len(encoded(encodings[row]).ids) for encodings in every) for row in rows],
         max_tokens=run.max_tokens,
         batch_size=run.config.batch_size,
         counted=[len(one.ids) - one.start for one in tokens],
@@ -421,7 +428,7 @@ def _token_values(run: _Run, texts: Sequence[Encoded]) -> list[tuple[Tensor, ...
 
 
 def _given_references(run: _Run, window: _Window, store: PartStore) -> Tensor:
-    """Reference rewards [rows, K] that columns and canned responses give; NaN where the whole file decides."""
+    """Reference rewards [rows, K] from columns and canned responses; NaN where the whole file decides."""
     references = torch.full((len(window.examples), len(run.names)), float("nan"))
     columns = run.config.reference_columns()
     for k, rule in enumerate(run.rules):

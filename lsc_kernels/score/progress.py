@@ -100,8 +100,8 @@ class Progress(AbstractContextManager["Progress"]):
 def describe_bad_lines(bad: Sequence[BadLine]) -> list[str]:
     """One text per reason, with the line numbers in short: ``not valid JSON: lines 3, 7-9``.
 
-    >>> describe_bad_lines([BadLine(3, "not valid JSON"), BadLine(7, "not valid JSON"), BadLine(8, "not valid JSON")])
-    ['not valid JSON: lines 3, 7-8']
+    >>> describe_bad_lines([BadLine(line, "not valid JSON") for line in (3, 7, 8, 9)])
+    ['not valid JSON: lines 3, 7-9']
     """
     by_reason: dict[str, list[int]] = {}
     for one in bad:

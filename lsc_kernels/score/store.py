@@ -1,9 +1,9 @@
 """Finished rows on disk, so that an interrupted run goes on where it stopped.
 
-Beside the output stands a folder of parts until the run is complete. A part is a Parquet file of finished rows
-of one window; it is written under another name, flushed to the disk and renamed, so after a kill or a power cut
-it is there entirely or not at all. Which rows are done is read from the parts themselves, never from a counter
-that could disagree with them.
+Beside the output stands a folder of parts until the run is complete. A part is a Parquet file of finished
+rows of one window; it is written under another name, flushed to the disk and renamed, so after a kill or a
+power cut it is there entirely or not at all. Which rows are done is read from the parts themselves, never
+from a counter that could disagree with them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class PartStore:
         overwrite: throw away parts and output that are there.
 
     Raises:
-        UserError: there is something already and neither is asked for, or what is there belongs to another run,
-            or another process is writing it.
+        UserError: there is something already and neither is asked for, or what is there belongs to another
+            run, or another process is writing it.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -137,7 +137,9 @@ def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise UserError(f"--out {out}: is there already; --overwrite replaces it")
     parts = out.with_name(out.name + ".parts")
     if parts.exists():
-        raise UserError(f"--out {out}: an unfinished run is there; --resume goes on with it, --overwrite starts anew")
+        raise UserError(
+            f"--out {out}: an unfinished run is there; --resume goes on with it, --overwrite starts anew"
+        )
 
 
 def read_metadata(out: Path) -> dict[str, Any]:
@@ -150,7 +152,9 @@ def read_metadata(out: Path) -> dict[str, Any]:
         metadata = pq.read_schema(out).metadata or {}
         return json.loads(metadata[METADATA_KEY])
     except (pa.ArrowException, KeyError, ValueError, OSError) as problem:
-        raise UserError(f"--out {out}: is no finished output of this command; --overwrite replaces it") from problem
+        raise UserError(
+            f"--out {out}: is no finished output of this command; --overwrite replaces it"
+        ) from problem
 
 
 def _check_identity(before: dict[str, Any], now: dict[str, Any], where: str) -> None:
@@ -162,7 +166,8 @@ def _check_identity(before: dict[str, Any], now: dict[str, Any], where: str) -> 
         is_option = key.startswith("--")
         told.append(f"{key} was {before.get(key)} and is {now.get(key)}" if is_option else key)
     raise UserError(
-        f"--resume: {where} was begun with something else: {'; '.join(told)}. Give what was given then, or --overwrite"
+        f"--resume: {where} was begun with something else: {'; '.join(told)}; "
+        "give what was given then, or --overwrite"
     )
 
 

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class PropertySummary:
     """One property over all rows: means, and shares between 0 and 1.
 
-    ``marginal_utility`` is the mean slope of the utility in the centred score, sigmoid(-z) where the floor is 0.
-    ``binds`` is the share of rows where this property's weighted slope is the largest: the one worth improving.
-    ``pair_accuracy`` is the share of pairs where the chosen response scores higher; a tie counts half.
+    ``marginal_utility`` is the mean slope of the utility in the centred score, sigmoid(-z) where the floor is
+    0. ``binds`` is the share of rows where this property's weighted slope is the largest: the one worth
+    improving. ``pair_accuracy`` is the share of pairs where the chosen response scores higher; a tie counts
+    half.
     """
 
     name: str
@@ -41,8 +42,8 @@ class PropertySummary:
 class ScoreSummary:
     """What one scoring run found. Printed with rich it is the summary table.
 
-    KL per token is the mean over all response tokens; KL per sequence is the mean of the sums. Rows with a score
-    that is not finite are counted in ``not_finite`` and left out of the means.
+    KL per token is the mean over all response tokens; KL per sequence is the mean of the sums. Rows with a
+    score that is not finite are counted in ``not_finite`` and left out of the means.
     """
 
     out: Path
@@ -93,30 +94,43 @@ class ScoreSummary:
             table.add_row(one.name, *cells)
         return table
 
+    def _preference(self) -> str:
+        if self.utility_pair_accuracy is None:
+            return ""
+        return f"; it prefers the chosen response in {self.utility_pair_accuracy:.1%} of {self.pairs} pairs"
+
     def lines(self) -> list[str]:
         """What stands below the table."""
         told = [
-            f"mean utility {self.utility:.3f}"
-            + (f"; it prefers the chosen response in {self.utility_pair_accuracy:.1%} of {self.pairs} pairs"
-               if self.utility_pair_accuracy is not None else ""),
-            f"mean KL ({self.kl_kind}) {self.kl_per_token:.4g} per token, {self.kl_per_sequence:.4g} per sequence, "
-            f"{self.tokens / max(1, self.rows):.1f} tokens per response",
+            f"mean utility {self.utility:.3f}{self._preference()}",
+            f"mean KL ({self.kl_kind}) {self.kl_per_token:.4g} per token, {self.kl_per_sequence:.4g} per "
+            f"sequence, {self.tokens / max(1, self.rows):.1f} tokens per response",
             "references: " + "; ".join(f"{one.name} {one.reference}" for one in self.properties),
         ]
         if self.alone:
-            told.append(f"{self.alone} rows are alone with their prompt: their reference is the quantile of the file")
-        cut = {"prompts": self.prompts_cut, "responses": self.responses_cut, "reward model texts": self.reward_texts_cut}
+            told.append(
+                f"{self.alone} rows are alone with their prompt: their reference is the quantile of the file"
+            )
+        cut = {
+            "prompts": self.prompts_cut,
+            "responses": self.responses_cut,
+            "reward model texts": self.reward_texts_cut,
+        }
         if any(cut.values()):
             what = ", ".join(f"{count} {name}" for name, count in cut.items() if count)
             told.append(f"too long and cut: {what}")
         if self.not_finite:
-            told.append(f"{self.not_finite} rows have a score that is not finite and are left out of the means")
+            told.append(
+                f"{self.not_finite} rows have a score that is not finite and are left out of the means"
+            )
         if self.bad:
             lines = len({one.line for one in self.bad})
             told.append(f"{lines} of {self.records} records left out:")
             told += [f"  {text}" for text in describe_bad_lines(self.bad)]
         if self.scored_now:
-            told.append(f"scored {self.scored_now} rows in {self.seconds:.1f} s, {self.rows_per_second:.1f} rows/s")
+            told.append(
+                f"scored {self.scored_now} rows in {self.seconds:.1f} s, {self.rows_per_second:.1f} rows/s"
+            )
         told.append(f"written to {self.out}")
         return told
 
@@ -179,7 +193,9 @@ def _mean(values: np.ndarray) -> float:
 def _pairs(lines: np.ndarray, side: np.ndarray) -> np.ndarray:
     """Row numbers [pairs, 2] of the chosen and rejected response of each record that has both."""
     chosen = {line: row for row, line in enumerate(lines) if side[row] == "chosen"}
-    found = [(chosen[line], row) for row, line in enumerate(lines) if side[row] == "rejected" and line in chosen]
+    found = [
+        (chosen[line], row) for row, line in enumerate(lines) if side[row] == "rejected" and line in chosen
+    ]
     return np.array(found, dtype=np.int64).reshape(-1, 2)
 
 
