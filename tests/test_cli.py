@@ -127,6 +127,32 @@ def test_reader_that_stops_reading() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+BENCH = ["bench", "--rows", "3", "--vocab", "50", "--repeats", "1", "--no-compile"]
+
+
+def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(BENCH) == 0
+    table = capsys.readouterr().out
+    for words in ("read floor", "lsc_kernels", "eager PyTorch", "bf16", "with backward", "error"):
+        assert words in table
+
+
+def test_bench_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*BENCH, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["read_bytes_per_second"] > 0
+    ours = [cell for cell in result["cells"] if cell["way"] == "lsc_kernels" and cell["device"] == "cpu"]
+    assert {(cell["kind"], cell["dtype"]) for cell in ours} >= {("full", "fp32"), ("k3", "bf16")}
+    for cell in ours:
+        assert cell["forward"] > 0 and cell["forward_backward"] > 0
+        assert cell["error"] < 2e-5  # the promise for the KL of each row, and rows differ little
+
+
+def test_bench_wants_positive_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--vocab", "0"]) == 2
+    assert capsys.readouterr().err == "lsc-kernels bench: error: --vocab 0: wants at least 1\n"
+
+
 def call_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit code of ``lsc-kernels score`` when its work ends in ``error``."""
 
