@@ -80,6 +80,9 @@ def test_set_isa() -> None:
         for wrong in ("sse9", "AVX2", "avx2 "):
             with pytest.raises(ValueError, match=re.escape(f"'{wrong}'")):
                 _C.set_isa(wrong)
+        assert _C.isa() == _C.isas()[-1]  # a refused name changes nothing
+        _C.set_isa("baseline")
+        _C.set_isa("auto")
         assert _C.isa() == _C.isas()[-1]
     finally:
         _C.set_isa(before)
