@@ -41,8 +41,8 @@ static Tensor forward(
     bool ignore_missing) {
   const Inputs inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights,
                       ignore_missing);
-  const Tensor utility = empty(without_last(inputs.scores), torch::headeronly::ScalarType::Float);
-  float* out = static_cast<float*>(utility.data_ptr());
+  const Tensor utility = empty_large(without_last(inputs.scores), torch::headeronly::ScalarType::Float);
+  float* out = floats(utility);
   auto* kernel = LSC_DISPATCH_ISA(aggregate_forward);
   torch::stable::parallel_for(0, inputs.rows, rows_per_task(inputs.kernel.columns), [&](int64_t begin, int64_t end) {
     kernel(inputs.kernel, inputs.how, out, begin, end);
@@ -57,15 +57,15 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Inputs inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights,
                       ignore_missing);
   const Tensor upstream = dense(grad);
-  const Tensor to_scores = empty(inputs.scores.sizes(), scores.scalar_type());
-  const Tensor to_reference = wanted_like(want_reference, inputs.scores, torch::headeronly::ScalarType::Float);
-  const Tensor to_scale = wanted_like(want_scale, inputs.scores, torch::headeronly::ScalarType::Float);
-  const Tensor to_weights = wanted_like(want_weights, inputs.scores, torch::headeronly::ScalarType::Float);
-  const TransformGradients out{to_scores.data_ptr(), data_if<float>(want_reference, to_reference),
-                               data_if<float>(want_scale, to_scale), data_if<float>(want_weights, to_weights)};
+  const Tensor to_scores = empty_large(inputs.scores.sizes(), scores.scalar_type());
+  const Tensor to_reference = wanted_like(want_reference, inputs.scores);
+  const Tensor to_scale = wanted_like(want_scale, inputs.scores);
+  const Tensor to_weights = wanted_like(want_weights, inputs.scores);
+  const TransformGradients out{to_scores.data_ptr(), want_reference ? floats(to_reference) : nullptr,
+                               want_scale ? floats(to_scale) : nullptr, want_weights ? floats(to_weights) : nullptr};
   auto* kernel = LSC_DISPATCH_ISA(aggregate_backward);
   torch::stable::parallel_for(0, inputs.rows, rows_per_task(inputs.kernel.columns), [&](int64_t begin, int64_t end) {
-    kernel(inputs.kernel, inputs.how, static_cast<float*>(upstream.data_ptr()), out, begin, end);
+    kernel(inputs.kernel, inputs.how, floats(upstream), out, begin, end);
   });
   return {to_scores, to_reference, to_scale, to_weights};
 }

@@ -34,8 +34,8 @@ static Tensor forward(
     Tensor reward, std::optional<Tensor> reference_reward, double reference_number, std::optional<Tensor> scale,
     double scale_number, std::optional<Tensor> floor, double floor_number) {
   const Inputs inputs(reward, reference_reward, reference_number, scale, scale_number, floor, floor_number);
-  const Tensor utility = empty(inputs.reward.sizes(), torch::headeronly::ScalarType::Float);
-  float* out = static_cast<float*>(utility.data_ptr());
+  const Tensor utility = empty_large(inputs.reward.sizes(), torch::headeronly::ScalarType::Float);
+  float* out = floats(utility);
   auto* kernel = LSC_DISPATCH_ISA(lsc_transform_forward);
   torch::stable::parallel_for(0, inputs.rows, rows_per_task(inputs.kernel.columns), [&](int64_t begin, int64_t end) {
     kernel(inputs.kernel, out, begin, end);
@@ -49,14 +49,14 @@ static std::tuple<Tensor, Tensor, Tensor> backward(
     bool want_reference, bool want_scale) {
   const Inputs inputs(reward, reference_reward, reference_number, scale, scale_number, floor, floor_number);
   const Tensor upstream = dense(grad);
-  const Tensor to_reward = empty(inputs.reward.sizes(), reward.scalar_type());
-  const Tensor to_reference = wanted_like(want_reference, inputs.reward, torch::headeronly::ScalarType::Float);
-  const Tensor to_scale = wanted_like(want_scale, inputs.reward, torch::headeronly::ScalarType::Float);
-  const TransformGradients out{to_reward.data_ptr(), data_if<float>(want_reference, to_reference),
-                               data_if<float>(want_scale, to_scale), nullptr};
+  const Tensor to_reward = empty_large(inputs.reward.sizes(), reward.scalar_type());
+  const Tensor to_reference = wanted_like(want_reference, inputs.reward);
+  const Tensor to_scale = wanted_like(want_scale, inputs.reward);
+  const TransformGradients out{to_reward.data_ptr(), want_reference ? floats(to_reference) : nullptr,
+                               want_scale ? floats(to_scale) : nullptr, nullptr};
   auto* kernel = LSC_DISPATCH_ISA(lsc_transform_backward);
   torch::stable::parallel_for(0, inputs.rows, rows_per_task(inputs.kernel.columns), [&](int64_t begin, int64_t end) {
-    kernel(inputs.kernel, static_cast<float*>(upstream.data_ptr()), out, begin, end);
+    kernel(inputs.kernel, floats(upstream), out, begin, end);
   });
   return {to_reward, to_reference, to_scale};
 }

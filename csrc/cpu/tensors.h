@@ -1,6 +1,8 @@
 // Between torch's stable ABI and the kernels' plain data.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -30,6 +32,26 @@ inline Tensor empty(Sizes sizes, torch::headeronly::ScalarType dtype) {
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
+
+// The same for hundreds of megabytes. Its pages are asked for in large pieces: a fresh allocation of that size otherwise
+// spends more time in page faults than in arithmetic.
+inline Tensor empty_large(Sizes sizes, torch::headeronly::ScalarType dtype) {
+  Tensor tensor = empty(sizes, dtype);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  const auto first = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const auto begin = (first + page - 1) / page * page, end = (first + tensor.numel() * tensor.element_size()) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
+inline Tensor nothing() {
+  const int64_t zero = 0;
+  return empty(Sizes(&zero, 1), torch::headeronly::ScalarType::Float);
+}
+
+inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

@@ -1,8 +1,6 @@
 // What the ops over rows of logits share: their tensors as TokenRows, checked actions, and threads.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <string>
 
 #include "cpu/kernels/token_kl.h"
@@ -117,29 +115,12 @@ inline void backward_rows(const TokenTensors& tensors, const KLArguments* kl, co
   torch::stable::parallel_for(0, tensors.count, grain, [&](int64_t begin, int64_t end) { backward(rows, kl, grads, begin, end); });
 }
 
-// A gradient of [..., V], contiguous. Its pages are asked for in large pieces: a fresh allocation of hundreds of
-// megabytes otherwise spends more time in page faults than in arithmetic.
-inline Tensor empty_gradient(const Tensor& logits) {
-  Tensor gradient = empty(logits.sizes(), logits.scalar_type());
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(gradient.data_ptr()) + page - 1) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(gradient.data_ptr()) + gradient.numel() * gradient.element_size()) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return gradient;
-}
-
-inline Tensor nothing() {
-  const int64_t zero = 0;
-  return empty(Sizes(&zero, 1), torch::headeronly::ScalarType::Float);
-}
+// A gradient of [..., V], contiguous.
+inline Tensor empty_gradient(const Tensor& logits) { return empty_large(logits.sizes(), logits.scalar_type()); }
 
 inline Tensor empty_saved(int64_t count) {
   const int64_t sizes[2] = {count, kSaved};
   return empty(Sizes(sizes, 2), torch::headeronly::ScalarType::Float);
 }
-
-inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 }  // namespace lsc

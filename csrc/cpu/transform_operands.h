@@ -24,14 +24,8 @@ inline OperandTensor operand_of(const std::optional<Tensor>& given, double numbe
 
 inline bool has_columns(const OperandTensor& operand) { return operand.operand.layout == Operand::Layout::column; }
 
-// float32, contiguous, of the shape of `like` if it is wanted, else empty.
-inline Tensor wanted_like(bool wanted, const Tensor& like, torch::headeronly::ScalarType dtype) {
-  return wanted ? empty(like.sizes(), dtype) : empty({0}, dtype);
-}
-
-template <typename T>
-inline T* data_if(bool wanted, const Tensor& tensor) {
-  return wanted ? static_cast<T*>(tensor.data_ptr()) : nullptr;
+inline Tensor wanted_like(bool wanted, const Tensor& scores) {
+  return wanted ? empty_large(scores.sizes(), torch::headeronly::ScalarType::Float) : nothing();
 }
 
 constexpr int64_t kScoresPerTask = 1 << 14;

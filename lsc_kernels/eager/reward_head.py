@@ -86,12 +86,16 @@ def forward(
     cu_seqlens: Tensor | None,
     every: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (scores, positions). ``every`` scores all positions, 0 where masked; positions are empty then."""
+    """Returns (scores, positions): the row of ``hidden`` behind each score. ``every`` scores all of them, 0 where
+    masked; without a mask positions are empty then."""
     if every:
         scores = _linear(hidden, weight, bias)
-        if attention_mask is not None:
-            scores = torch.where((attention_mask != 0).unsqueeze(-1), scores, 0.0)
         positions = torch.empty(0, dtype=torch.int64, device=hidden.device)
+        if attention_mask is not None:
+            counted = attention_mask != 0
+            scores = torch.where(counted.unsqueeze(-1), scores, 0.0)
+            places = torch.arange(counted.numel(), device=hidden.device)
+            positions = torch.where(counted.flatten(), places, NOWHERE)
     else:
         positions = _positions(hidden, attention_mask, index, cu_seqlens)
         scores = _linear(_rows(hidden, positions), weight, bias)
@@ -104,7 +108,6 @@ def backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    attention_mask: Tensor | None,
     positions: Tensor,
     every: bool,
     want_hidden: bool,
@@ -113,13 +116,11 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """To hidden, weight, and bias (in fp64). A row without upstream gradient counts for nothing, even if NaN."""
     if every:
-        rows, upstream = hidden.flatten(0, -2), grad.double().flatten(0, -2)
-        counted = None if attention_mask is None else (attention_mask != 0).flatten().unsqueeze(-1)
+        rows, upstream = hidden.reshape(-1, hidden.shape[-1]), grad.double().reshape(-1, grad.shape[-1])
     else:
         rows, upstream = _rows(hidden, positions), grad.double()
-        counted = (positions != NOWHERE).unsqueeze(-1)
-    if counted is not None:
-        upstream = torch.where(counted, upstream, 0.0)
+    if positions.numel() > 0:
+        upstream = torch.where((positions != NOWHERE).unsqueeze(-1), upstream, 0.0)
 
     grad_hidden = grad_weight = grad_bias = None
     if want_hidden:

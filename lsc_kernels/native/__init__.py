@@ -27,12 +27,22 @@ else:
         UNAVAILABLE = MISCONFIGURED = str(error)
 
 if UNAVAILABLE is None:
-    from lsc_kernels.native import aggregate_rewards, kl_from_logprobs, lsc_transform, token_kl, token_logprobs
+    from lsc_kernels.native import (
+        aggregate_rewards,
+        kl_from_logprobs,
+        lsc_transform,
+        reward_head,
+        token_kl,
+        token_logprobs,
+        token_rewards,
+    )
 
     OPS = {
         "aggregate_rewards": aggregate_rewards,
         "kl_from_logprobs": kl_from_logprobs,
         "lsc_transform": lsc_transform,
+        "reward_head": reward_head,
         "token_kl": token_kl,
         "token_logprobs": token_logprobs,
+        "token_rewards": token_rewards,
     }

@@ -223,7 +223,7 @@ class _RewardHead(torch.autograd.Function):
         scores, positions = kernels.forward(hidden, weight, bias, attention_mask, index, cu_seqlens, every)
         ctx.mark_non_differentiable(positions)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, attention_mask if every else None, positions)
+        ctx.save_for_backward(hidden, weight, positions)
         ctx.kernels, ctx.every = kernels, every
         ctx.bias_dtype = None if bias is None else bias.dtype
         return scores, positions
@@ -232,11 +232,11 @@ class _RewardHead(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 8
-        hidden, weight, attention_mask, positions = ctx.saved_tensors
+        hidden, weight, positions = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:4]
         with torch.no_grad():
             to_hidden, to_weight, to_bias = ctx.kernels.backward(
-                grad, hidden, weight, attention_mask, positions, ctx.every, *wanted
+                grad, hidden, weight, positions, ctx.every, *wanted
             )
             if to_bias is not None:
                 to_bias = to_bias.to(ctx.bias_dtype)

@@ -15,8 +15,8 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/kernels/tiles.h"
 #include "cpu/kernels/transform.h"
-#include "cpu/kernels/vec.h"
 #include "math/log_sigmoid.h"
 
 namespace lsc {
@@ -114,11 +114,7 @@ class TransformTile {
  private:
   void bring(int64_t first, int64_t column, int n) {
     n_ = n;
-    const T* from = static_cast<const T*>(inputs_.scores) + first;
-    int i = 0;
-    for (; i + Vec::kLanes <= n; i += Vec::kLanes) store(scores_ + i, load(from + i));
-    if (i < n) store(scores_ + i, load_first(from + i, n - i, 0.0f));
-
+    load_tile(static_cast<const T*>(inputs_.scores) + first, n, scores_);
     if (plain_difference_) {
       subtract(reference_.along(first, column, inputs_.columns, n), n);
     } else {
@@ -176,23 +172,6 @@ class TransformTile {
   alignas(64) float scores_[kTile] = {}, z_[kTile] = {}, low_[kTile] = {};
   alignas(64) float floor_rate_[kTile] = {}, floor_complement_[kTile] = {}, floor_log_[kTile] = {}, floor_log_low_[kTile] = {};
 };
-
-// The kernel `run` with the scores' type as its argument.
-template <typename Run>
-void for_dtype(DType dtype, Run&& run) {
-  switch (dtype) {
-    case DType::float32: return run(float{});
-    case DType::bfloat16: return run(BFloat16{});
-    case DType::float16: return run(Half{});
-  }
-}
-
-template <typename T>
-inline void store_tile(T* out, const float* values, int n) {
-  int i = 0;
-  for (; i + Vec::kLanes <= n; i += Vec::kLanes) store(out + i, load(values + i));
-  if (i < n) store_first(out + i, n - i, load(values + i));
-}
 
 // The tile's gradients to scores, reference and scale, from that to z: (1, -1, -z) / scale. `to_z` is overwritten.
 template <typename T>

@@ -1,0 +1,39 @@
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/kernels/mask_rows.h"
+#include "cpu/kernels/rows.h"
+
+namespace lsc {
+
+// In the order of PLACEMENTS in native/token_rewards.py.
+enum class Placement : int64_t { last, eos_plus_one, before_last, index };
+
+struct TypedData {
+  const void* data;  // contiguous, or null where there is none
+  DType dtype;
+};
+
+struct RewardInputs {
+  TypedData utility, kl, dense;  // [B], [B, T], [B, T]
+  MaskRows mask;
+  const void* index;             // [B]
+  bool index_is_int32;
+  int64_t length;                // T
+  double beta;
+  Placement placement;
+  double clip_low, clip_high;
+};
+
+// To be written, contiguous, each null where it is not wanted; of the dtypes of the inputs.
+struct RewardGradients {
+  void *utility, *kl, *dense;
+};
+
+LSC_DECLARE_KERNELS(
+    // Rows [begin, end). Forward writes [B, T] rewards and [B] positions: -1 for a row with nothing counted, -2 for a
+    // row whose index is outside of it. Backward reads them again.
+    void token_rewards_forward(const RewardInputs&, float* rewards, int64_t* positions, int64_t begin, int64_t end);
+    void token_rewards_backward(const RewardInputs&, const float* grad, const int64_t* positions, const RewardGradients&, int64_t begin, int64_t end);)
+
+}  // namespace lsc

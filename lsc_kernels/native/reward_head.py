@@ -1,0 +1,83 @@
+"""reward_head through the compiled kernels, which take weight and bias in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.lsc_kernels
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    index: Tensor | None,
+    cu_seqlens: Tensor | None,
+    every: bool,
+) -> tuple[Tensor, Tensor]:
+    bias = None if bias is None else bias.float()
+    result: tuple[Tensor, Tensor] = _ops.reward_head_forward(
+        hidden, weight.float(), bias, attention_mask, index, cu_seqlens, every
+    )
+    return result
+
+
+def backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    every: bool,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    to_hidden, to_weight, to_bias = _ops.reward_head_backward(
+        grad, hidden, weight.float(), positions, every, want_hidden, want_weight, want_bias
+    )
+    return (
+        to_hidden if want_hidden else None,
+        to_weight.to(weight.dtype) if want_weight else None,
+        to_bias if want_bias else None,
+    )
+
+
+@torch.library.register_fake("lsc_kernels::reward_head_forward")
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    index: Tensor | None,
+    cu_seqlens: Tensor | None,
+    every: bool,
+) -> tuple[Tensor, Tensor]:
+    if every:
+        outputs = hidden.shape[:-1]
+        positions = hidden.new_empty(0 if attention_mask is None else outputs.numel(), dtype=torch.int64)
+    else:
+        sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        outputs = torch.Size((sequences,))
+        positions = hidden.new_empty(sequences, dtype=torch.int64)
+    return hidden.new_empty((*outputs, weight.shape[0]), dtype=torch.float32), positions
+
+
+@torch.library.register_fake("lsc_kernels::reward_head_backward")
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    every: bool,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = grad.new_empty(0)
+    return (
+        hidden.new_empty(hidden.shape) if want_hidden else nothing,
+        weight.new_empty(weight.shape) if want_weight else nothing.clone(),
+        weight.new_empty(weight.shape[:1]) if want_bias else nothing.clone(),
+    )
