@@ -51,7 +51,9 @@ def _ramp(rise: float) -> Callable[[Tensor, Tensor], Pair]:
 def _steps(a: Tensor, b: Tensor) -> Pair:
     """Each stretch of 1024 columns has its own height, and in the reference another one."""
     stretch = torch.arange(a.shape[-1]) // 1024
-    return 3 * a + 40 * torch.sin(7.0 * stretch), 3 * a + 40 * torch.sin(7.0 * stretch + 0.02 * stretch) + 1e-2 * b
+    return 3 * a + 40 * torch.sin(7.0 * stretch), 3 * a + 40 * torch.sin(
+        7.0 * stretch + 0.02 * stretch
+    ) + 1e-2 * b
 
 
 def _disjoint(a: Tensor, b: Tensor) -> Pair:
@@ -105,7 +107,8 @@ def logit_pair(
     """Policy and reference logits [*shape]; fp64 ones hold what fp32 cannot."""
     draw = torch.float64 if dtype is torch.float64 else torch.float32
     policy, ref = REGIMES[regime](
-        torch.randn(shape, generator=generator, dtype=draw), torch.randn(shape, generator=generator, dtype=draw)
+        torch.randn(shape, generator=generator, dtype=draw),
+        torch.randn(shape, generator=generator, dtype=draw),
     )
     return policy.to(dtype), ref.to(dtype)
 

@@ -1,15 +1,15 @@
-"""Run a policy-side op and hold every output, and every gradient, against the truth and the promised bound."""
+"""Run token_kl and hold every output, and every gradient, against the truth and the promised bound."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import _tolerances as tolerances
+import _truth as truth
 import torch
 from torch import Generator, Tensor
 
-import _tolerances as tolerances
-import _truth as truth
 import lsc_kernels as lk
 
 OUTPUTS = ("kl", "logprobs", "ref_logprobs", "entropy")
@@ -64,17 +64,21 @@ def _decided(t: truth.TokenKL, options: dict[str, Any]) -> Tensor:
     for edge in options.get("kl_clamp") or ():
         sure &= (t.unclamped - edge).abs() > unweighted
     if kind == "abs" and options.get("grad") != "straight_through":
-        sure &= (t.d.abs() > d_bound) | (t.d == 0)
+        sure &= (t.d.abs() > d_bound) | (t.x == t.y).all(-1)
     return sure | ~t.kept
 
 
-def check_token_kl(policy: Tensor, ref: Tensor, actions: Tensor, *, name: str = "token_kl", **options: Any) -> lk.TokenKL:
+def check_token_kl(
+    policy: Tensor, ref: Tensor, actions: Tensor, *, name: str = "token_kl", **options: Any
+) -> lk.TokenKL:
     """Values of every output."""
     with torch.no_grad():
         got = lk.token_kl(policy, ref, actions, **options)
     t = truth.token_kl(policy.detach().double(), ref.detach().double(), actions, **options)
     wanted = output_dtype(policy, ref)
-    assert all(output.dtype is wanted for output in got), f"{name}: outputs {[o.dtype for o in got]}, want {wanted}"
+    assert all(output.dtype is wanted for output in got), (
+        f"{name}: outputs {[o.dtype for o in got]}, want {wanted}"
+    )
     check_values(name, got, t, options)
     return got
 
@@ -118,7 +122,9 @@ def check_token_kl_gradients(
             retain_graph=True,
             allow_unused=True,
         )
-        for leaf, leaf_name, gradient, true in zip(leaves, ("policy_logits", "ref_logits"), found, wanted, strict=False):
+        for leaf, leaf_name, gradient, true in zip(
+            leaves, ("policy_logits", "ref_logits"), found, wanted, strict=False
+        ):
             title = f"{name} d {'+'.join(outputs)} / d {leaf_name}"
             true = torch.zeros_like(policy64) if true is None else true
             gradient = torch.zeros_like(leaf) if gradient is None else gradient

@@ -1,7 +1,7 @@
 """The accuracy the library promises, once: every bound is a tensor of allowed absolute errors, in fp64.
 
-They are the promises for the policy side, not what a backend happens to reach. Where a promise says "accordingly",
-the error allowed in d is carried through the estimator.
+They are the promises for the policy side, not what a backend happens to reach. Where a promise says
+"accordingly", the error allowed in d is carried through the estimator.
 """
 
 from __future__ import annotations
@@ -50,15 +50,17 @@ def estimate(value: object, d: Tensor, d_bound: Tensor) -> Tensor:
 
 
 def divergence(truth: Tensor) -> Tensor:
-    """Relative 2e-5 for KL in [1e-9, 1e3]. Below, where nothing is promised, no more than at 1e-9."""
-    return 2e-5 * truth.abs().clamp_min(1e-9)
+    """Relative 2e-5 for KL in [1e-9, 1e3]. Below, only that it is small, and not negative."""
+    return torch.where(truth < 1e-9, 1e-9, 2e-5 * truth)
 
 
-def gradient(truth: Tensor, upstream: Tensor, d: Tensor, temperature: Tensor | float, dtype: torch.dtype) -> Tensor:
+def gradient(
+    truth: Tensor, upstream: Tensor, d: Tensor, temperature: Tensor | float, dtype: torch.dtype
+) -> Tensor:
     """2e-6 of the row's largest |truth| + 4e-7 sum |upstream| (1 + |d|), and one rounding to ``dtype``.
 
-    truth [..., V]; upstream, the sum of |upstream gradients|, and d are [...]. The promise is about logits over the
-    temperature; the last step of the chain rule divides by it.
+    truth [..., V]; upstream, the sum of |upstream gradients|, and d are [...]. The promise is about logits
+    over the temperature; the last step of the chain rule divides by it.
     """
     largest = truth.abs().nan_to_num(nan=0.0, posinf=0.0).amax(-1, keepdim=True)
     per_row = (4e-7 * upstream * (1 + d.abs().nan_to_num(nan=0.0, posinf=0.0)) / temperature).unsqueeze(-1)
@@ -67,14 +69,18 @@ def gradient(truth: Tensor, upstream: Tensor, d: Tensor, temperature: Tensor | f
 
 
 def check(name: str, got: Tensor, truth: Tensor, bound: Tensor) -> None:
-    """Assert |got - truth| <= bound where truth is finite in got's dtype, and the same NaN and infinities elsewhere."""
+    """Assert |got - truth| <= bound, and the same NaN and infinities where got's dtype cannot hold truth."""
     assert got.shape == truth.shape, f"{name}: shape {list(got.shape)}, want {list(truth.shape)}"
     target = truth.to(got.dtype)
     value = got.double()
     finite = target.isfinite()
     # beside the largest finite number of the dtype, an allowed error may already round to infinity
     overflow = truth.abs() + bound > torch.finfo(got.dtype).max
-    same = (got == target) | (got.isnan() & target.isnan()) | overflow & got.isinf() & (got.sign() == truth.sign())
+    same = (
+        (got == target)
+        | (got.isnan() & target.isnan())
+        | overflow & got.isinf() & (got.sign() == truth.sign())
+    )
     same = same | overflow & ((value - truth).abs() <= bound)
     within = (value - truth).abs() <= bound
     good = torch.where(finite & ~overflow, within, same)

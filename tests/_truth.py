@@ -1,4 +1,4 @@
-"""The policy-side formulas in fp64, written for the tests alone. Gradients come from autograd, not from a table."""
+"""The policy-side formulas in fp64, for the tests alone. Gradients come from autograd, not from a table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def row_kept(actions: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def scaled(logits: Tensor, kept: Tensor, temperature: float | Tensor) -> Tensor:
-    """Logits over the temperature in fp64; left-out rows are replaced, so that what they hold reaches nothing."""
+    """Logits over the temperature in fp64; left-out rows are replaced, and reach nothing."""
     rows = kept.unsqueeze(-1)
     per_row = torch.as_tensor(temperature, dtype=torch.float64)
     per_row = per_row.unsqueeze(-1) if per_row.dim() else per_row
@@ -51,9 +51,9 @@ def entropy_of(log_p: Tensor) -> Tensor:
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q), accurate relative to its own size; the gradient is that of sum p (log p - log q).
+    """KL(p || q), accurate to its own size; the gradient is that of sum p (log p - log q).
 
-    Since p and q both sum to one, KL is also the sum of q - p + p d = p (exp(-d) - 1 + d), whose terms are >= 0.
+    Since p and q both sum to one, KL is also the sum of q - p + p d = p (exp(-d) - 1 + d), each term >= 0.
     """
     dead = log_p == -torch.inf
     d = torch.where(dead, 0.0, log_p) - torch.where(dead, 0.0, log_q)
@@ -76,7 +76,9 @@ def token_logprobs(
 ) -> Logprobs:
     kept = row_kept(actions, mask)
     log_p = torch.log_softmax(scaled(logits, kept, temperature), -1)
-    return Logprobs(torch.where(kept, pick(log_p, actions, kept), 0.0), torch.where(kept, entropy_of(log_p), 0.0))
+    return Logprobs(
+        torch.where(kept, pick(log_p, actions, kept), 0.0), torch.where(kept, entropy_of(log_p), 0.0)
+    )
 
 
 class KL(NamedTuple):
@@ -99,7 +101,7 @@ def weighted_kl(
 ) -> KL:
     """From the estimator's value to the KL returned: straight-through, clamp, importance ratio.
 
-    ``value`` comes from a log ratio that is clamped already. An element clamped anywhere has no gradient at all.
+    ``value`` comes from a log ratio that is clamped already. A clamped element has no gradient at all.
     """
     if straight_through:
         value = value.detach() + (d * d / 2 - (d * d / 2).detach()).nan_to_num(nan=0.0)

@@ -1,4 +1,4 @@
-"""Fixtures every test file may use: the backend under test, and fresh random inputs whose seed a failure shows."""
+"""Fixtures for every test file: the backend under test, and random inputs whose seed a failure shows."""
 
 from __future__ import annotations
 

@@ -1,0 +1,234 @@
+"""What a mistake gets: the error of the contract, and a message that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import lsc_kernels as lk
+
+NAN, INF = float("nan"), float("inf")
+
+
+def token_logprobs_arguments() -> dict[str, Any]:
+    return {"logits": torch.randn(2, 3, 7), "actions": torch.randint(0, 7, (2, 3))}
+
+
+def token_kl_arguments() -> dict[str, Any]:
+    return {
+        "policy_logits": torch.randn(2, 3, 7),
+        "ref_logits": torch.randn(2, 3, 7),
+        "actions": torch.randint(0, 7, (2, 3)),
+    }
+
+
+def kl_from_logprobs_arguments() -> dict[str, Any]:
+    return {"logprobs": -torch.rand(2, 3), "ref_logprobs": -torch.rand(2, 3)}
+
+
+OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
+    "token_logprobs": (lk.token_logprobs, token_logprobs_arguments),
+    "token_kl": (lk.token_kl, token_kl_arguments),
+    "kl_from_logprobs": (lk.kl_from_logprobs, kl_from_logprobs_arguments),
+}
+
+Mistake = tuple[str, object, type[Exception]]
+
+ROWS: list[Mistake] = [
+    ("actions", torch.zeros(2, 4, dtype=torch.int64), ValueError),
+    ("actions", torch.zeros(6, dtype=torch.int64), ValueError),
+    ("actions", torch.zeros(2, 3, 1, dtype=torch.int64), ValueError),
+    ("actions", torch.zeros(2, 3), TypeError),
+    ("actions", torch.zeros(2, 3, dtype=torch.int16), TypeError),
+    ("actions", torch.zeros(2, 3, dtype=torch.bool), TypeError),
+    ("actions", [[0, 1, 2], [0, 1, 2]], TypeError),
+    ("actions", None, TypeError),
+    ("actions", torch.zeros(2, 3, dtype=torch.int64, device="meta"), ValueError),
+    ("actions", torch.full((2, 3), 7), IndexError),
+    ("actions", torch.full((2, 3), -1), IndexError),
+    ("actions", torch.full((2, 3), -101), IndexError),
+    ("actions", torch.full((2, 3), 2**40), IndexError),
+    ("actions", torch.full((2, 3), 2**31 - 1, dtype=torch.int32), IndexError),
+    ("temperature", 0.0, ValueError),
+    ("temperature", -1.0, ValueError),
+    ("temperature", NAN, ValueError),
+    ("temperature", INF, ValueError),
+    ("temperature", "1", TypeError),
+    ("temperature", None, TypeError),
+    ("temperature", True, TypeError),
+    ("temperature", torch.ones(3), ValueError),
+    ("temperature", torch.ones(2, 3, 7), ValueError),
+    ("temperature", torch.ones(2, 3, dtype=torch.int64), TypeError),
+    ("temperature", torch.zeros(2, 3), ValueError),
+    ("temperature", torch.full((2, 3), NAN), ValueError),
+    ("temperature", torch.full((2, 3), INF), ValueError),
+    ("temperature", torch.tensor(-0.5), ValueError),
+    ("temperature", torch.ones(2, 3, device="meta"), ValueError),
+    ("temperature", torch.ones(2, 3, requires_grad=True), ValueError),
+    ("process_group", "world", ValueError),
+]
+
+MASKS: list[Mistake] = [
+    ("mask", torch.ones(2, 4), ValueError),
+    ("mask", torch.ones(3), ValueError),
+    ("mask", torch.ones(2, 3, 1), ValueError),
+    ("mask", [[1, 1, 1], [1, 1, 1]], TypeError),
+    ("mask", 1, TypeError),
+    ("mask", torch.ones(2, 3, dtype=torch.complex64), TypeError),
+    ("mask", torch.ones(2, 3, device="meta"), ValueError),
+]
+
+
+def logits_mistakes(name: str) -> list[Mistake]:
+    return [
+        (name, torch.zeros(2, 3, 7, dtype=torch.int64), TypeError),
+        (name, torch.zeros(2, 3, 7, dtype=torch.complex64), TypeError),
+        (name, [[[0.0] * 7] * 3] * 2, TypeError),
+        (name, None, TypeError),
+    ]
+
+
+KL: list[Mistake] = [
+    ("kl", "k4", ValueError),
+    ("kl", "K3", ValueError),
+    ("kl", "", ValueError),
+    ("kl", None, ValueError),
+    ("kl", 3, ValueError),
+    ("kl", ["k3"], ValueError),
+    ("grad", "none", ValueError),
+    ("grad", None, ValueError),
+    ("log_ratio_clamp", 10.0, ValueError),
+    ("log_ratio_clamp", (1.0,), ValueError),
+    ("log_ratio_clamp", (1.0, 2.0, 3.0), ValueError),
+    ("log_ratio_clamp", (1.0, -1.0), ValueError),
+    ("log_ratio_clamp", (NAN, 1.0), ValueError),
+    ("log_ratio_clamp", (0.0, NAN), ValueError),
+    ("log_ratio_clamp", ("a", "b"), (ValueError, TypeError)),  # type: ignore[list-item]
+    ("kl_clamp", 10.0, ValueError),
+    ("kl_clamp", (2.0, 1.0), ValueError),
+    ("kl_clamp", (NAN, NAN), ValueError),
+    ("kl_clamp", ("a", "b"), (ValueError, TypeError)),  # type: ignore[list-item]
+    ("old_logprobs", torch.zeros(2, 4), ValueError),
+    ("old_logprobs", torch.zeros(3), ValueError),
+    ("old_logprobs", torch.zeros(2, 3, dtype=torch.int64), TypeError),
+    ("old_logprobs", 0.0, TypeError),
+    ("old_logprobs", torch.zeros(2, 3, device="meta"), ValueError),
+]
+
+MISTAKES: dict[str, list[Mistake]] = {
+    "token_logprobs": [
+        *logits_mistakes("logits"),
+        ("logits", torch.randn(7), ValueError),
+        ("logits", torch.tensor(1.0), ValueError),
+        ("logits", torch.randn(2, 3, 0), ValueError),
+        *ROWS,
+        *MASKS,
+    ],
+    "token_kl": [
+        *logits_mistakes("policy_logits"),
+        *logits_mistakes("ref_logits"),
+        ("policy_logits", torch.tensor(1.0), ValueError),
+        ("policy_logits", torch.randn(2, 3, 0), ValueError),
+        ("ref_logits", torch.randn(2, 3, 8), ValueError),
+        ("ref_logits", torch.randn(2, 4, 7), ValueError),
+        ("ref_logits", torch.randn(3, 7), ValueError),
+        ("ref_logits", torch.randn(1, 1, 7), ValueError),
+        ("ref_logits", torch.randn(2, 3, 7, device="meta"), ValueError),
+        *ROWS,
+        *MASKS,
+        *KL,
+    ],
+    "kl_from_logprobs": [
+        ("logprobs", torch.zeros(2, 3, dtype=torch.int64), TypeError),
+        ("logprobs", [0.0], TypeError),
+        ("logprobs", None, TypeError),
+        ("ref_logprobs", torch.zeros(2, 3, dtype=torch.int32), TypeError),
+        ("ref_logprobs", 0.0, TypeError),
+        ("ref_logprobs", torch.zeros(2, 1), ValueError),
+        ("ref_logprobs", torch.zeros(3), ValueError),
+        ("ref_logprobs", torch.zeros(2, 3, device="meta"), ValueError),
+        ("kl", "full", ValueError),
+        ("kl", "full_reverse", ValueError),
+        *MASKS,
+        *KL,
+    ],
+}
+
+
+def describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype)[6:]}{list(value.shape)}{value.device.type}"
+    return repr(value)[:20]
+
+
+CASES = [
+    pytest.param(op, *mistake, id=f"{op}-{mistake[0]}-{number}-{describe(mistake[1])}")
+    for op, mistakes in MISTAKES.items()
+    for number, mistake in enumerate(mistakes)
+]
+
+
+@pytest.mark.parametrize(("op", "argument", "value", "error"), CASES)
+def test_mistake(backend: str, op: str, argument: str, value: object, error: type[Exception]) -> None:
+    function, arguments = OPS[op]
+    with pytest.raises(error, match=rf"\b{argument}\b") as caught:
+        function(**{**arguments(), argument: value})
+    assert len(str(caught.value)) > len(argument) + 12, (
+        "the message must say what was given and what is wanted"
+    )
+
+
+def test_message_holds_what_was_given_and_what_is_wanted(backend: str) -> None:
+    arguments = token_kl_arguments()
+    with pytest.raises(ValueError, match=r"ref_logits.*\[2, 3, 7\].*\[2, 3, 8\]"):
+        lk.token_kl(**{**arguments, "ref_logits": torch.randn(2, 3, 8)})
+    with pytest.raises(TypeError, match=r"actions.*int64.*int32.*float32"):
+        lk.token_kl(**{**arguments, "actions": torch.zeros(2, 3)})
+    with pytest.raises(IndexError, match=r"actions.*7.*\b12345\b"):
+        lk.token_kl(**{**arguments, "actions": torch.full((2, 3), 12345)})
+    with pytest.raises(ValueError, match=r"temperature.*> 0.*-2"):
+        lk.token_kl(**arguments, temperature=-2.0)
+    with pytest.raises(ValueError, match=r"kl must be one of k1, abs, k2, k3, full, full_reverse; got 'k9'"):
+        lk.token_kl(**arguments, kl="k9")
+
+
+def test_clamping_the_log_ratio_of_a_divergence_that_has_none(backend: str) -> None:
+    for kl in ("full", "full_reverse"):
+        with pytest.raises(ValueError, match="log_ratio_clamp"):
+            lk.token_kl(**token_kl_arguments(), kl=kl, log_ratio_clamp=(-1.0, 1.0))
+
+
+def test_options_are_keyword_only(backend: str) -> None:
+    for op, (function, arguments) in OPS.items():
+        with pytest.raises(TypeError, match="positional"):
+            function(*arguments().values(), "k3", "autograd")
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            function(**arguments(), nonsense=op)
+
+
+def test_one_wrong_action_among_many(backend: str) -> None:
+    """Wherever it stands, and whichever rows the mask counts, nothing is read outside the tensor."""
+    policy, ref = torch.randn(50, 7), torch.randn(50, 7)
+    for position in (0, 17, 49):
+        actions = torch.randint(0, 7, (50,))
+        actions[position] = 7
+        with pytest.raises(IndexError, match="actions"):
+            lk.token_kl(policy, ref, actions)
+        with pytest.raises(IndexError, match="actions"):
+            lk.token_logprobs(policy, actions, mask=torch.ones(50))
+        mask = torch.ones(50)
+        mask[position] = 0
+        assert lk.token_kl(policy, ref, actions, mask=mask).kl[position] == 0
+        assert lk.token_logprobs(policy, actions, mask=mask).logprobs[position] == 0
+
+
+def test_wrong_temperature_under_the_mask_reaches_nothing(backend: str) -> None:
+    arguments = token_kl_arguments()
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
+    temperature = torch.where(mask == 1, 0.7, torch.nan)
+    got = lk.token_kl(**arguments, temperature=temperature, mask=mask)
+    expected = lk.token_kl(**arguments, temperature=0.7, mask=mask)
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in zip(got, expected, strict=True))
