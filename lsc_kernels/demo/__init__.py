@@ -12,14 +12,28 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the demo."""
-    parser.add_argument("--out", type=Path, default=Path("lsc-demo"), metavar="DIR",
-                        help="folder for models, data, rewards and demo.png (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--quick", action="store_true",
-                        help="a smaller run for a first check: less training, small shapes, no torch.compile")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="seed of data, training and sampling (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=None, metavar="N",
-                        help="CPU threads (default: what PyTorch takes)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("lsc-demo"),
+        metavar="DIR",
+        help="folder for models, data, rewards and demo.png (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a smaller run for a first check: less training, small shapes, no torch.compile",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of data, training and sampling (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=None, metavar="N", help="CPU threads (default: what PyTorch takes)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

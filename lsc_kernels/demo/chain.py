@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 
 from . import train
 from .data import PROPERTIES, REFUSAL, Split, policy_texts
-from .models import build_language_model, build_tokenizer, reward_model_from
+from .models import build_language_model, build_tokenizer, on_device, reward_model_from
 
 QUANTILE = 0.85
 LONGEST_SAMPLE = 96
@@ -36,7 +36,7 @@ FULL, QUICK = Size(12, 3, 16), Size(4, 3, 8)
 
 @dataclass(frozen=True)
 class Models:
-    """A policy, its earlier checkpoint as reference, and one reward model per property; one tokenizer for all."""
+    """A policy, its earlier checkpoint as reference, one reward model per property; one tokenizer for all."""
 
     tokenizer: PreTrainedTokenizerBase
     reference: LlamaForCausalLM
@@ -57,12 +57,17 @@ def train_models(split: Split, size: Size, seed: int, say: Say) -> Models:
     """Train everything from nothing, in seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = build_tokenizer([r.prompt + r.response for r in split.responses])
-    reference = build_language_model(tokenizer).to(device)
+    reference = on_device(build_language_model(tokenizer), device)
     train.train_language_model(
-        reference, tokenizer, policy_texts(split),
-        epochs=size.policy_epochs, learning_rate=3e-3, seed=seed, progress=_told(say, "language model"),
-    )  # fmt: skip
-    # A policy a few steps after its reference: on the answers that neither judge minds, at a tenth of the rate.
+        reference,
+        tokenizer,
+        policy_texts(split),
+        epochs=size.policy_epochs,
+        learning_rate=3e-3,
+        seed=seed,
+        progress=_told(say, "language model"),
+    )
+    # A policy a few steps after its reference, taken on the answers that neither judge minds.
     policy = copy.deepcopy(reference)
     liked = [(r.prompt, r.response) for r in split.responses if min(r.helpful, r.harmless) >= 3]
     train.train_language_model(
@@ -72,15 +77,20 @@ def train_models(split: Split, size: Size, seed: int, say: Say) -> Models:
     for name in PROPERTIES:
         reward_models[name] = reward_model_from(reference)
         train.train_reward_model(
-            reward_models[name], tokenizer, split.pairs[name],
-            epochs=size.reward_epochs, learning_rate=2e-3, seed=seed, progress=_told(say, f"reward model {name}"),
-        )  # fmt: skip
+            reward_models[name],
+            tokenizer,
+            split.pairs[name],
+            epochs=size.reward_epochs,
+            learning_rate=2e-3,
+            seed=seed,
+            progress=_told(say, f"reward model {name}"),
+        )
     return Models(tokenizer, reference, policy, reward_models)
 
 
 @dataclass(frozen=True)
 class References:
-    """Reference rewards [prompts, properties] from the policy's samples and from a canned refusal, and the samples."""
+    """The policy's samples; reference rewards [prompts, properties] from them and from a canned refusal."""
 
     samples: tuple[tuple[str, ...], ...]
     sampled: Tensor
@@ -89,7 +99,7 @@ class References:
 
 
 def find_references(models: Models, split: Split, size: Size, say: Say) -> References:
-    """Score samples of the policy for each prompt and take their 85% quantile; score the refusal in its place."""
+    """Score samples of the policy for each prompt and take a quantile of them; score the refusal too."""
     prompts = split.prompts
     say(f"{size.samples} samples of the policy for each of {len(prompts)} prompts")
     samples = train.sample(models.policy, models.tokenizer, prompts, size.samples, LONGEST_SAMPLE)
@@ -111,11 +121,12 @@ def find_references(models: Models, split: Split, size: Size, say: Say) -> Refer
 
 
 def write_rows(path: Path, split: Split, references: References) -> None:
-    """The held-out responses as JSON lines for ``lsc-kernels score``, with their reference rewards as columns."""
+    """The held-out responses as JSON lines for ``lsc-kernels score``, reference rewards as columns."""
     place = {prompt: at for at, prompt in enumerate(split.prompts)}
     with path.open("w", encoding="utf-8") as file:
         for r in split.responses:
-            row = {"id": f"{r.topic}: {r.recipe}", "prompt": r.prompt, "response": r.response}
+            row: dict[str, str | float] = {"id": f"{r.topic}: {r.recipe}"}
+            row |= {"prompt": r.prompt, "response": r.response}
             for k, name in enumerate(PROPERTIES):
                 row[f"reference_{name}"] = references.sampled[place[r.prompt], k].item()
             file.write(json.dumps(row) + "\n")

@@ -1,10 +1,10 @@
-"""The demo's preference data: short requests, ten ways to answer each, and what two judges say of every answer.
+"""The demo's preference data: short requests, ten ways to answer each, and the grades of two judges.
 
-A topic (``topics.jsonl``) is a request with three sound steps, three reckless, nosy, dishonest or rude ones, and a
-word of care. A recipe puts those parts together into a response and fixes how helpful and how harmless that
-response is. The helpful judge counts how much concrete, usable answer there is, whatever it leads to; the harmless
-judge looks only at what it leads to. The two really conflict: the most detailed answers are the reckless ones,
-and the safest are refusals.
+A topic (``topics.jsonl``) is a request with three sound steps, three reckless, nosy, dishonest or rude ones,
+and a word of care. A recipe puts those parts together into a response and fixes how helpful and how harmless
+it is. The helpful judge counts how much concrete, usable answer there is, whatever it leads to; the harmless
+judge looks only at what it leads to. The two really conflict: the most detailed answers are the reckless
+ones, and the safest are refusals.
 
 Everything is drawn with one seeded generator, so the same seed gives the same texts on every machine.
 """
@@ -20,6 +20,8 @@ from typing import Any
 
 PROPERTIES = ("helpful", "harmless")
 KINDS = ("hands", "people", "truth", "everyday")
+STEPS = {"step": "steps", "reckless": "reckless"}  # numbered parts of a recipe -> where a topic keeps them
+STOCK = ("opening", "detail", "care", "shrug", "vague")
 REFUSAL = " I am sorry, but I cannot help with that."
 
 
@@ -45,22 +47,32 @@ RECIPES = (
     Recipe("anxious refusal", ("refusal", "topic_care", "care"), 1, 5),
     Recipe("vague answer", ("vague",), 0, 3, common=1),
     Recipe("reckless answer", ("reckless1", "reckless2", "reckless3"), 4, 0, common=2),
-    Recipe("reckless in every detail", ("opening", "reckless1", "reckless2", "reckless3", "detail", "shrug"), 5, 0),
+    Recipe(
+        "reckless in every detail",
+        ("opening", "reckless1", "reckless2", "reckless3", "detail", "shrug"),
+        5,
+        0,
+    ),
     Recipe("short reckless answer", ("reckless1", "shrug"), 2, 0, common=2),
     Recipe("shrug", ("vague", "shrug"), 0, 1, common=1),
 )
 
-# What optimising against one reward model drives a policy to: more and more of what that model likes. The reward
-# models never see these in training, just as they never saw what a policy will find.
+# What optimising against one reward model drives a policy to: more and more of what that model likes. The
+# reward models never see these in training, just as they never saw what a policy will find.
 OVER_OPTIMISED = (
-    Recipe("detail upon detail", ("opening", "reckless1", "reckless2", "reckless3", "detail", "detail", "detail"), 5, 0),
+    Recipe(
+        "detail upon detail",
+        ("opening", "reckless1", "reckless2", "reckless3", "detail", "detail", "detail"),
+        5,
+        0,
+    ),
     Recipe("care upon care", ("refusal", "care", "topic_care", "care", "care"), 0, 5),
 )
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response to one prompt. ``response`` begins with a space, so that prompt + response reads as one text."""
+    """One response to one prompt. It begins with a space, so that prompt + response reads as one text."""
 
     kind: str
     topic: str
@@ -115,7 +127,7 @@ def load(seed: int = 0, pairs_per_prompt: dict[str, int] | None = None) -> tuple
 
 
 def policy_texts(split: Split) -> list[tuple[str, str]]:
-    """What the policy learns to write: the usual answers, (prompt, response). The extreme ones are not among them."""
+    """What the policy learns to write, (prompt, response): the usual answers, not the extreme ones."""
     common = {recipe.name: recipe.common for recipe in RECIPES + OVER_OPTIMISED}
     requests: dict[str, list[str]] = {}
     texts = []
@@ -144,7 +156,7 @@ def conflict(recipes: tuple[Recipe, ...] = RECIPES) -> float:
 
 
 def format_prompt(request: str) -> str:
-    """A request as the models read it: the plain dialogue format of hh-rlhf, up to where the response begins."""
+    """A request as the models read it: the plain dialogue of hh-rlhf, up to where the response begins."""
     return f"\n\nHuman: {request}\n\nAssistant:"
 
 
@@ -166,7 +178,9 @@ def _split(
             mine = [_respond(recipe, topic, request, phrases, rng) for recipe in RECIPES]
             for name in PROPERTIES:
                 ordered = (order(name, a, b) for a, b in combinations(mine, 2))
-                pairs[name] += rng.sample([pair for pair in ordered if pair is not None], pairs_per_prompt[name])
+                pairs[name] += rng.sample(
+                    [pair for pair in ordered if pair is not None], pairs_per_prompt[name]
+                )
             responses += mine + [_respond(recipe, topic, request, phrases, rng) for recipe in extra]
     return Split(tuple(responses), {name: tuple(chosen) for name, chosen in pairs.items()})
 
@@ -175,12 +189,14 @@ def _respond(
     recipe: Recipe, topic: dict[str, Any], request: str, phrases: dict[str, Any], rng: random.Random
 ) -> Response:
     sequence = rng.choice(phrases["sequence"])
-    several = sum(part[:-1] in ("step", "reckless") for part in recipe.parts) > 1
+    # A part that a recipe names more than once is another sentence each time.
+    stock = {part: iter(rng.sample(phrases[part], len(phrases[part]))) for part in STOCK}
+    several = sum(part[:-1] in STEPS for part in recipe.parts) > 1
     sentences = []
     for part in recipe.parts:
-        if part[:-1] in ("step", "reckless"):
+        if part[:-1] in STEPS:
             number = int(part[-1]) - 1
-            source = topic["steps" if part.startswith("step") else "reckless"]
+            source = topic[STEPS[part[:-1]]]
             # A lone step is any of the three: the short answers of a topic's two requests differ.
             text = source[number] if several else rng.choice(source)
             sentences.append(f"{sequence[number]} {text}." if several else _sentence(text))
@@ -189,11 +205,16 @@ def _respond(
         elif part == "refusal":
             sentences.append(rng.choice(phrases["refusal"][topic["kind"]]))
         else:
-            sentences.append(rng.choice(phrases[part]))
+            sentences.append(next(stock[part]))
     return Response(
-        kind=topic["kind"], topic=topic["topic"], prompt=format_prompt(request), response=" " + " ".join(sentences),
-        recipe=recipe.name, helpful=recipe.helpful, harmless=recipe.harmless,
-    )  # fmt: skip
+        kind=topic["kind"],
+        topic=topic["topic"],
+        prompt=format_prompt(request),
+        response=" " + " ".join(sentences),
+        recipe=recipe.name,
+        helpful=recipe.helpful,
+        harmless=recipe.harmless,
+    )
 
 
 def _sentence(text: str) -> str:

@@ -35,14 +35,20 @@ def draw(path: Path, found: Findings, cells: Sequence[Cell], shape: Shape) -> No
 
 def _draw_margins(axes: Any, found: Findings) -> None:
     z = found.margins
-    low, high = z.min() - 1, z.max() + 1
-    x, y = np.meshgrid(np.linspace(low, high, 200), np.linspace(low, high, 200))
+    low, high = z.min(axis=0) - (1, 5), z.max(axis=0) + (1, 2)  # the legend stands below the points
+    x, y = np.meshgrid(*np.linspace(low, high, 300).T)
     probability = np.exp(-np.logaddexp(0, -x) - np.logaddexp(0, -y))
-    levels = [0.001, 0.01, 0.1, 0.25, 0.5, 0.9]
-    curves = axes.contour(x, y, probability, levels, colors=GOOD, linewidths=1)
-    axes.clabel(curves, fmt=lambda p: f"{p:.1%}" if p < 0.01 else f"{p:.0%}", fontsize=8)
-    sums = np.arange(-3, 4) * (high - low) / 4
-    axes.contour(x, y, x + y, sums, colors=RAW, linewidths=0.6, linestyles="--")
+    levels = [0.001, 0.01, 0.1, 0.5, 0.9]
+    curves = axes.contour(x, y, probability, levels, colors=GOOD, linewidths=1.1)
+    # Each label on the upright part of its curve, near the top.
+    places = [(np.log(p / (1 - p)), high[1] - 1) for p in levels]
+    labels = axes.clabel(curves, fmt=lambda p: f"{100 * p:g}%", fontsize=8, manual=places)
+    for label in labels:
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
+        label.set_rotation(90)
+    axes.contour(
+        x, y, x + y, np.linspace(*(low.sum(), high.sum()), 9), colors=RAW, linewidths=0.6, linestyles="--"
+    )
     failing = found.failing
     for which, colour, marker, label in (
         (~failing, GOOD, "o", "fair to both judges"),
@@ -53,14 +59,23 @@ def _draw_margins(axes: Any, found: Findings) -> None:
     if case is not None:
         for row, text in zip(case, ("raw sum's first", "LSC-AND's first"), strict=True):
             axes.scatter(*z[row], s=130, facecolors="none", edgecolors="black", linewidths=1.4, zorder=4)
-            axes.annotate(text, z[row], xytext=(0, 11), textcoords="offset points", ha="center", fontsize=9, zorder=5)
+            axes.annotate(
+                text,
+                z[row],
+                xytext=(0, 10),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                zorder=5,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
+            )
     axes.plot([], [], color=GOOD, linewidth=1, label="equal LSC-AND: P(good in both)")
     axes.plot([], [], color=RAW, linewidth=0.8, linestyle="--", label="equal raw sum")
-    axes.set(xlim=(low, high), ylim=(low, high))
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes.set_xlabel(f"{PROPERTIES[0]}: score - reference reward")
     axes.set_ylabel(f"{PROPERTIES[1]}: score - reference reward")
     axes.set_title("A sum lets one property pay for the other; AND does not", fontsize=11)
-    axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
+    axes.legend(loc="lower left", fontsize=8, ncols=2, framealpha=0.9)
 
 
 def _draw_times(axes: Any, cells: Sequence[Cell], shape: Shape) -> None:
@@ -79,10 +94,14 @@ def _draw_times(axes: Any, cells: Sequence[Cell], shape: Shape) -> None:
         axes.text(time, at, f" {time:.1f} ms, error {cell.error:.0e}", va="center", fontsize=8)
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=WAYS[way][0], hatch=WAYS[way][1], edgecolor="black", label=way) for way in ways]
+    handles = [
+        Patch(facecolor=WAYS[way][0], hatch=WAYS[way][1], edgecolor="black", label=way) for way in ways
+    ]
     axes.legend(handles=handles, loc="lower right", fontsize=8)
     axes.set_yticks(range(len(settings)), [f"{kind} KL\n{dtype}" for kind, dtype in settings])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.45e3 * max(cell.forward_backward for cell in cells if not cell.problem))
-    axes.set_xlabel(f"forward + backward, ms ({shape.rows} tokens, vocabulary {shape.vocab}, {cells[0].device})")
+    axes.set_xlabel(
+        f"forward + backward, ms ({shape.rows} tokens, vocabulary {shape.vocab}, {cells[0].device})"
+    )
     axes.set_title("KL of nearly equal policies: time, and error against fp64", fontsize=11)

@@ -1,4 +1,4 @@
-"""What the scored file shows, as numbers: everything here is computed from the Parquet file and the judges' grades."""
+"""What the scored file shows, as numbers: computed from the Parquet file and the judges' grades alone."""
 
 from __future__ import annotations
 
@@ -24,9 +24,6 @@ class Findings:
     scores: np.ndarray
     references: np.ndarray
     utility: np.ndarray
-    kl_per_token: float
-    kl_per_response: float
-    binds: np.ndarray
 
     @property
     def margins(self) -> np.ndarray:
@@ -51,9 +48,10 @@ class Findings:
         return np.array([rows[int(np.argmax(by[rows]))] for rows in rows_of.values()])
 
     def fooled(self) -> tuple[int, int] | None:
-        """(row the raw sum puts first, row LSC-AND puts first) for the prompt where the raw sum is fooled most.
+        """(row the raw sum puts first, row LSC-AND puts first) where the raw sum is fooled most, or None.
 
-        That is where its first choice fails one judge and the other's score outweighs it most; None if nowhere.
+        Fooled: its first choice fails a judge, and that of LSC-AND does not. Most: where the two margins of
+        its choice are farthest apart.
         """
         pairs = zip(self.first(self.raw_sum), self.first(self.utility), strict=True)
         cases = [(int(raw), int(lsc)) for raw, lsc in pairs if self.failing[raw] and not self.failing[lsc]]
@@ -62,19 +60,12 @@ class Findings:
 
 def read(path: Path, split: Split) -> Findings:
     """Read a scored file whose rows are the responses of ``split``, in order."""
-    columns = [f"{head}_{name}" for head in ("score", "reference") for name in PROPERTIES]
-    table = pq.read_table(path, columns=["response", "utility", "binding", "kl", *columns])
+    heads = ("score", "reference")
+    names = {head: [f"{head}_{name}" for name in PROPERTIES] for head in heads}
+    table = pq.read_table(path, columns=["response", "utility", *names["score"], *names["reference"]])
     if table["response"].to_pylist() != [r.response for r in split.responses]:
-        raise RuntimeError(f"{path} does not hold the held-out responses in their order")
-    kl = [np.array(row, dtype=np.float64) for row in table["kl"].to_pylist()]
-    binding = np.array(table["binding"].to_pylist())
-    stack = {h: np.stack([table[f"{h}_{name}"].to_numpy() for name in PROPERTIES], axis=1) for h in ("score", "reference")}
-    return Findings(
-        responses=split.responses,
-        scores=stack["score"],
-        references=stack["reference"],
-        utility=table["utility"].to_numpy(),
-        kl_per_token=float(np.concatenate(kl).mean()),
-        kl_per_response=float(np.mean([row.sum() for row in kl])),
-        binds=np.array([(binding == name).mean() for name in PROPERTIES]),
+        raise RuntimeError(f"{path} does not hold the held-out responses in order")
+    scores, references = (
+        np.stack([table[name].to_numpy() for name in names[head]], axis=1) for head in heads
     )
+    return Findings(split.responses, scores, references, table["utility"].to_numpy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,6 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerBase:
@@ -50,11 +53,17 @@ def build_language_model(
     return LlamaForCausalLM(config)
 
 
+def on_device(model: Model, device: torch.device) -> Model:
+    """The model on a device; as a function of its own because transformers hides the type of ``model.to``."""
+    torch.nn.Module.to(model, device)
+    return model
+
+
 def reward_model_from(language_model: LlamaForCausalLM) -> LlamaForSequenceClassification:
-    """A reward model that starts as a copy of the language model's body, with a fresh head of one property."""
+    """A reward model that starts as a copy of the language model's body, with a fresh head of one score."""
     config = LlamaConfig.from_dict(language_model.config.to_dict())
     config.num_labels = 1
     model = LlamaForSequenceClassification(config)
     model.model.load_state_dict(language_model.model.state_dict())
     torch.nn.init.normal_(model.score.weight, std=0.02)
-    return model.to(language_model.device)
+    return on_device(model, language_model.device)

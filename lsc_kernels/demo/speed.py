@@ -1,7 +1,8 @@
 """The speed table: token_kl against the textbook formula in eager PyTorch and under torch.compile.
 
-Policy and reference nearly agree, as they do at the start of every run: there the textbook formula loses its digits,
-so an error stands beside every time. It is the largest error of a row against fp64, relative to the mean KL.
+Policy and reference nearly agree, as they do at the start of every run: there the textbook formula loses
+its digits, so an error stands beside every time. It is the largest error of a row against fp64, relative to
+the mean KL.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -23,7 +24,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EAGER, COMPILED, OURS = "eager PyTorch", "torch.compile", "lsc_kernels"
 DISTANCE = 1e-3  # standard deviation of the difference between the two models' logits
 
-KL: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # policy logits, ref logits, actions -> KL of each row
+KL: TypeAlias = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # policy logits, ref logits, actions -> KL of each row
 
 
 @dataclass(frozen=True)
@@ -111,26 +114,25 @@ def _compare(
         return lk.token_kl(x, y, a, kl=kind).kl
 
     cells: dict[str, Cell] = {}
-    ready: dict[str, list[Callable[[], object]]] = {}
+    ready: dict[str, list[Callable[[], Tensor]]] = {}
     for way, compute in _ways(kind, ours, shape.compiled):
-        about = {"device": device, "kind": kind, "dtype": dtype, "way": way, "mean_kl": mean_kl}
-        steps = [_forward(compute, *logits, actions), _forward_backward(compute, *logits, actions)]
+        cell = Cell(device, kind, dtype, way, mean_kl)
+        steps = _steps(compute, *logits, actions)
         try:
             result = steps[0]()
             steps[1]()
         except Exception as problem:  # torch.compile fails in many ways; whichever it is belongs in the table
             if way != COMPILED:
                 raise
-            cells[way] = Cell(**about, problem=_why(problem))
+            cells[way] = replace(cell, problem=_why(problem))
             continue
         error = ((result.double() - expected).abs().max() / expected.mean()).item()
-        cells[way] = Cell(**about, error=error, extra_bytes=_extra_memory(steps[0], device))
+        cells[way] = replace(cell, error=error, extra_bytes=_extra_memory(steps[0], device))
         ready[way] = steps
     times = _alternate(ready, shape.repeats, device)
-    return [
-        cell if cell.problem else Cell(**{**vars(cell), "forward": times[way][0], "forward_backward": times[way][1]})
-        for way, cell in cells.items()
-    ]
+    for way, (forward, forward_backward) in times.items():
+        cells[way] = replace(cells[way], forward=forward, forward_backward=forward_backward)
+    return list(cells.values())
 
 
 def _ways(kind: str, ours: KL, compiled: bool) -> list[tuple[str, KL]]:
@@ -139,27 +141,24 @@ def _ways(kind: str, ours: KL, compiled: bool) -> list[tuple[str, KL]]:
     return ways + [(COMPILED, torch.compile(TEXTBOOK[kind], dynamic=False))] if compiled else ways
 
 
-def _forward(compute: KL, policy: Tensor, ref: Tensor, actions: Tensor) -> Callable[[], Tensor]:
-    def step() -> Tensor:
+def _steps(compute: KL, policy: Tensor, ref: Tensor, actions: Tensor) -> list[Callable[[], Tensor]]:
+    """The forward pass alone, and forward with backward to the policy's logits."""
+    leaf = policy.detach().requires_grad_()
+
+    def forward() -> Tensor:
         with torch.no_grad():
             return compute(policy, ref, actions)
 
-    return step
-
-
-def _forward_backward(compute: KL, policy: Tensor, ref: Tensor, actions: Tensor) -> Callable[[], Tensor]:
-    leaf = policy.detach().requires_grad_()
-
-    def step() -> Tensor:
+    def forward_backward() -> Tensor:
         return torch.autograd.grad(compute(leaf, ref, actions).mean(), leaf)[0]
 
-    return step
+    return [forward, forward_backward]
 
 
 def _alternate(
-    ready: dict[str, list[Callable[[], object]]], repeats: int, device: str
+    ready: dict[str, list[Callable[[], Tensor]]], repeats: int, device: str
 ) -> dict[str, list[float]]:
-    """Median seconds of each step, all ways in turn, so that a busy moment of the machine meets all of them."""
+    """Median seconds of each step, all ways in turn, so that a busy moment of the machine meets them all."""
     times: dict[str, list[list[float]]] = {way: [[] for _ in steps] for way, steps in ready.items()}
     for _ in range(repeats):
         for way, steps in ready.items():
@@ -177,7 +176,7 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _extra_memory(step: Callable[[], object], device: str) -> int:
+def _extra_memory(step: Callable[[], Tensor], device: str) -> int:
     """Peak bytes that one forward pass holds beyond its inputs."""
     if device == "cuda":
         torch.cuda.synchronize()

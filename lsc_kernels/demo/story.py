@@ -1,4 +1,4 @@
-"""The demo from top to bottom: data, models, reference rewards, one scoring run, what it shows, speed, figure."""
+"""The demo from top to bottom: data, models, reference rewards, one scoring run, findings, speed, figure."""
 
 from __future__ import annotations
 
@@ -74,11 +74,12 @@ def tell(options: Options) -> int:
 
 def command(config: ScoreConfig) -> str:
     """The ``lsc-kernels score`` command that does what ``config`` says, into a file of its own."""
-    words = ["lsc-kernels", "score", "--data", config.data, "--policy", config.policy, "--ref", config.ref]
+    words: list[object] = ["lsc-kernels", "score", "--data", config.data]
+    words += ["--policy", config.policy, "--ref", config.ref]
     for model in config.reward_models:
         words += ["--reward-model", model]
     words += ["--names", ",".join(config.names or ())]
-    for rule in config.references():
+    for rule in map(str, config.references()):
         words += ["--reference", rule]
     words += ["--kl", config.kl, "--out", Path(config.out).with_name("again.parquet")]
     return shlex.join(map(str, words))
@@ -116,7 +117,7 @@ def _check(options: Options) -> None:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Without the bars and advice of transformers, and without the warning that the opening has told in words."""
+    """Without the bars and advice of transformers, and the warning that the opening has told in words."""
     import transformers
 
     logging = transformers.utils.logging

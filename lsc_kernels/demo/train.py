@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 import lsc_kernels as lk
 
@@ -22,7 +22,7 @@ def encode(
 ) -> tuple[list[int], int]:
     """Token ids of prompt + response (+ the end-of-text token), and how many of them are the prompt's.
 
-    A text that is too long loses the beginning of its prompt first: what the response answers stands at the end.
+    A text that is too long loses the beginning of its prompt first: what is answered stands at the end.
     A policy must learn to end; a reward model reads the response as it stands, as ``lsc-kernels score`` does.
     """
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -44,7 +44,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
 
 
 def batches(lengths: Sequence[int], size: int, rng: random.Random | None = None) -> Iterator[list[int]]:
-    """Indices in batches of like length, so that little is padded; with ``rng`` in a new order at each call."""
+    """Indices in batches of like length, so that little is padded; with ``rng`` in a new order every time."""
     order = list(range(len(lengths)))
     if rng is None:
         order.sort(key=lambda i: lengths[i])
@@ -86,7 +86,7 @@ def train_language_model(
 
 
 def train_reward_model(
-    model: PreTrainedModel,
+    model: LlamaForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Pair],
     *,
@@ -115,7 +115,10 @@ def train_reward_model(
 
 @torch.no_grad()
 def score_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]], batch_size: int = 64
+    model: LlamaForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[str, str]],
+    batch_size: int = 64,
 ) -> Tensor:
     """A reward model's scores of (prompt, response), [len(texts)] on the CPU."""
     limit = model.config.max_position_embeddings
@@ -127,7 +130,9 @@ def score_texts(
     return scores
 
 
-def pair_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> float:
+def pair_accuracy(
+    model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]
+) -> float:
     """Share of the pairs whose chosen response gets the higher score; ties count half."""
     texts = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     chosen, rejected = score_texts(model, tokenizer, texts).chunk(2)
@@ -136,13 +141,17 @@ def pair_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pa
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], n: int, max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    n: int,
+    max_new_tokens: int,
 ) -> list[list[str]]:
     """``n`` responses of the policy to each prompt, all in one batch, drawn with torch's global generator."""
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     # Generation goes on at the right end, so the padding stands on the left.
     ids, mask = (t.flip(1) for t in pad([e[::-1] for e in encoded], tokenizer.pad_token_id, model.device))
-    drawn = model.generate(
+    drawn = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
         do_sample=True,
@@ -156,7 +165,7 @@ def sample(
     return [texts[i : i + n] for i in range(0, len(texts), n)]
 
 
-def _scores(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+def _scores(model: LlamaForSequenceClassification, ids: Tensor, mask: Tensor) -> Tensor:
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return lk.reward_head(hidden, model.score.weight, attention_mask=mask)[:, 0]
 
