@@ -58,8 +58,8 @@ def _add_rewards(group: argparse._ArgumentGroup) -> None:
         "--reference",
         action="append",
         help="reference reward: a number, quantile:0.85 of this file's scores (default), "
-        "prompt-quantile:0.85 among the responses to the same prompt, column:NAME of the data, or canned:TEXT, "
-        "scored as the response to the same prompt; repeat to give one per property",
+        "prompt-quantile:0.85 among the responses to the same prompt, column:NAME of the data, or "
+        "canned:TEXT, scored as the response to the same prompt; repeat to give one per property",
     )
     group.add_argument(
         "--scale", type=_numbers, default=(1.0,), help="Bradley-Terry temperature, one or one per property"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KL_KINDS = ("k1", "abs", "k2", "k3", "full", "full_reverse")
 PLACEMENTS = ("last", "eos_plus_one", "before_last")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CHAT_MODES = ("auto", "always", "never")
 EOS_MODES = ("policy", "all", "none")
 

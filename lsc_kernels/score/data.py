@@ -201,7 +201,7 @@ def examples_of(line: int, record: Any, columns: Sequence[str] = ()) -> list[Exa
 
 def _pair(record: Mapping[str, Any]) -> list[tuple[str | None, str | tuple[Message, ...], str]]:
     chosen, rejected, prompt = record["chosen"], record["rejected"], record.get("prompt")
-    if type(chosen) is not type(rejected) and not all(isinstance(x, Sequence) for x in (chosen, rejected)):
+    if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRecord("chosen and rejected are of different kinds")
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:

@@ -109,15 +109,22 @@ class TextEncoder:
         )
         return str(text)
 
-    def _tokenize(self, texts: list[str], templated: bool) -> list[list[int]]:
-        if not texts:
-            return []
+    def _tokenize(self, texts: list[str], templated: bool) -> list[list[int] | str]:
+        """Token ids of each text, or why the tokenizer refuses it."""
         # A chat template writes the special tokens itself.
-        return self.tokenizer(
-            texts, add_special_tokens=not templated, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        options = {"add_special_tokens": not templated, "return_attention_mask": False, "verbose": False}
+        try:
+            return list(self.tokenizer(texts, **options)["input_ids"]) if texts else []
+        except Exception as problem:  # the tokenizers library raises nothing more specific
+            if len(texts) == 1:
+                return [f"the tokenizer refuses it: {first_line(problem)}"]
+            return [ids for text in texts for ids in self._tokenize([text], templated)]
 
-    def _finish(self, prompt: list[int], full: list[int], templated: bool) -> Encoding:
+    def _finish(self, prompt: list[int] | str, full: list[int] | str, templated: bool) -> Encoding:
+        if isinstance(prompt, str):
+            return prompt
+        if isinstance(full, str):
+            return full
         start = _shared_length(prompt, full)
         ids = list(full)
         if self.for_policy and templated:

@@ -80,8 +80,8 @@ def score(config: ScoreConfig, *, progress: bool = True) -> ScoreSummary:
         shown.bad_lines(scan.bad)
         shown.say("loading the models")
         run = _Run.prepare(config, scan)
-        shown.notes(run.notes)
         with closing(PartStore(out, run.identity, resume=config.resume, overwrite=config.overwrite)) as store:
+            shown.notes(run.notes)
             if not store.complete:
                 with evaluating(run.loaded), torch.inference_mode():
                     newly = _score_windows(run, data, scan, store, shown)
@@ -421,7 +421,7 @@ def _token_values(run: _Run, texts: Sequence[Encoded]) -> list[tuple[Tensor, ...
         for at in range(0, len(actions), step)
     ]
     values = [
-        torch.cat([getattr(piece, name) for piece in pieces]).cpu().split(lengths)
+        torch.cat([getattr(piece, name) for piece in pieces]).float().cpu().split(lengths)
         for name in ("logprobs", "ref_logprobs", "kl")
     ]
     return list(zip(*values, strict=True))
