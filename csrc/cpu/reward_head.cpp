@@ -166,7 +166,7 @@ Tensor few_dimensions(const Tensor& hidden) {
 
 }  // namespace
 
-static std::tuple<Tensor, Tensor> forward(
+static Tensor forward(
     Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> attention_mask, std::optional<Tensor> index,
     std::optional<Tensor> cu_seqlens, bool every) {
   const Tensor positions = find_positions(hidden, attention_mask, index, cu_seqlens, every);
@@ -179,11 +179,13 @@ static std::tuple<Tensor, Tensor> forward(
   torch::stable::parallel_for(0, outputs, outputs_per_task(inputs), [&](int64_t begin, int64_t end) {
     kernel(inputs, floats(scores), begin, end);
   });
-  return {scores, positions};
+  return scores;
 }
 
 static std::tuple<Tensor, Tensor, Tensor> backward(
-    Tensor grad, Tensor hidden, Tensor weight, Tensor positions, bool every, bool want_hidden, bool want_weight, bool want_bias) {
+    Tensor grad, Tensor hidden, Tensor weight, std::optional<Tensor> attention_mask, std::optional<Tensor> index,
+    std::optional<Tensor> cu_seqlens, bool every, bool want_hidden, bool want_weight, bool want_bias) {
+  const Tensor positions = find_positions(hidden, attention_mask, index, cu_seqlens, every);
   const Tensor upstream = dense(grad), rows = few_dimensions(hidden), weights = dense(weight);
   const HeadInputs inputs = inputs_of(rows, weights, std::nullopt, positions, every);
   const int64_t outputs = inputs.properties ? upstream.numel() / inputs.properties : 0;
@@ -194,9 +196,9 @@ static std::tuple<Tensor, Tensor, Tensor> backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
   m.def("reward_head_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? index,"
-        " Tensor? cu_seqlens, bool every) -> (Tensor, Tensor)");
-  m.def("reward_head_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor positions, bool every, bool want_hidden,"
-        " bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)");
+        " Tensor? cu_seqlens, bool every) -> Tensor");
+  m.def("reward_head_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? attention_mask, Tensor? index,"
+        " Tensor? cu_seqlens, bool every, bool want_hidden, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lsc_kernels, CPU, m) {

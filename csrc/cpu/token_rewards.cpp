@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <string>
 
 #include "cpu/kernels/token_rewards.h"
@@ -40,52 +41,50 @@ struct Inputs {
     torch::stable::parallel_for(0, kl.size(0), per_task, rows);
   }
 
-  void check_inside(const int64_t* positions) const {
-    for (int64_t row = 0; row < kl.size(0); ++row) {
-      if (positions[row] != -2) continue;
-      const int64_t given = kernel.index_is_int32 ? static_cast<const int32_t*>(kernel.index)[row]
-                                                  : static_cast<const int64_t*>(kernel.index)[row];
-      throw std::out_of_range("index must be in [0, T) with T = " + std::to_string(kernel.length) + "; got " + std::to_string(given));
-    }
+  [[noreturn]] void index_is_outside(int64_t row) const {
+    const int64_t given = kernel.index_is_int32 ? static_cast<const int32_t*>(kernel.index)[row]
+                                                : static_cast<const int64_t*>(kernel.index)[row];
+    throw std::out_of_range("index must be in [0, T) with T = " + std::to_string(kernel.length) + "; got " + std::to_string(given));
   }
 };
 
 }  // namespace
 
-static std::tuple<Tensor, Tensor> forward(
+static Tensor forward(
     Tensor utility, Tensor kl, std::optional<Tensor> mask, std::optional<Tensor> index, std::optional<Tensor> dense_rewards,
     double beta, int64_t placement, double clip_low, double clip_high) {
   const Inputs inputs(utility, kl, mask, index, dense_rewards, beta, placement, clip_low, clip_high);
   const Tensor rewards = empty_large(kl.sizes(), torch::headeronly::ScalarType::Float);
-  const Tensor positions = empty(utility.sizes(), torch::headeronly::ScalarType::Long);
-  int64_t* places = static_cast<int64_t*>(positions.data_ptr());
   auto* rows = LSC_DISPATCH_ISA(token_rewards_forward);
-  inputs.over_rows([&](int64_t begin, int64_t end) { rows(inputs.kernel, floats(rewards), places, begin, end); });
-  inputs.check_inside(places);
-  return {rewards, positions};
+  std::atomic<int64_t> outside{-1};  // an exception does not travel out of a parallel region
+  inputs.over_rows([&](int64_t begin, int64_t end) {
+    const int64_t row = rows(inputs.kernel, floats(rewards), begin, end);
+    if (row >= 0) outside = row;
+  });
+  if (outside >= 0) inputs.index_is_outside(outside);
+  return rewards;
 }
 
 static std::tuple<Tensor, Tensor, Tensor> backward(
-    Tensor grad, Tensor utility, Tensor kl, std::optional<Tensor> mask, std::optional<Tensor> dense_rewards, Tensor positions,
-    double beta, double clip_low, double clip_high, bool want_utility, bool want_kl, bool want_dense) {
-  const Inputs inputs(utility, kl, mask, std::nullopt, dense_rewards, beta, 0, clip_low, clip_high);
+    Tensor grad, Tensor utility, Tensor kl, std::optional<Tensor> mask, std::optional<Tensor> index,
+    std::optional<Tensor> dense_rewards, double beta, int64_t placement, double clip_low, double clip_high, bool want_utility, bool want_kl, bool want_dense) {
+  const Inputs inputs(utility, kl, mask, index, dense_rewards, beta, placement, clip_low, clip_high);
   const Tensor upstream = dense(grad);
   const Tensor to_utility = want_utility ? empty(utility.sizes(), utility.scalar_type()) : nothing();
   const Tensor to_kl = want_kl ? empty_large(kl.sizes(), kl.scalar_type()) : nothing();
   const Tensor to_dense = want_dense ? empty_large(kl.sizes(), dense_rewards->scalar_type()) : nothing();
   const RewardGradients out{want_utility ? to_utility.data_ptr() : nullptr, want_kl ? to_kl.data_ptr() : nullptr,
                             want_dense ? to_dense.data_ptr() : nullptr};
-  const int64_t* places = static_cast<const int64_t*>(positions.data_ptr());
   auto* rows = LSC_DISPATCH_ISA(token_rewards_backward);
-  inputs.over_rows([&](int64_t begin, int64_t end) { rows(inputs.kernel, floats(upstream), places, out, begin, end); });
+  inputs.over_rows([&](int64_t begin, int64_t end) { rows(inputs.kernel, floats(upstream), out, begin, end); });
   return {to_utility, to_kl, to_dense};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
   m.def("token_rewards_forward(Tensor utility, Tensor kl, Tensor? mask, Tensor? index, Tensor? dense, float beta,"
-        " int placement, float clip_low, float clip_high) -> (Tensor, Tensor)");
-  m.def("token_rewards_backward(Tensor grad, Tensor utility, Tensor kl, Tensor? mask, Tensor? dense, Tensor positions,"
-        " float beta, float clip_low, float clip_high, bool want_utility, bool want_kl, bool want_dense)"
+        " int placement, float clip_low, float clip_high) -> Tensor");
+  m.def("token_rewards_backward(Tensor grad, Tensor utility, Tensor kl, Tensor? mask, Tensor? index, Tensor? dense,"
+        " float beta, int placement, float clip_low, float clip_high, bool want_utility, bool want_kl, bool want_dense)"
         " -> (Tensor, Tensor, Tensor)");
 }
 

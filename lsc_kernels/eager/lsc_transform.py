@@ -46,7 +46,7 @@ def chain(grad: Tensor, factor: Tensor) -> Tensor:
 def forward(
     reward: Tensor, reference_reward: float | Tensor, scale: float | Tensor, floor: float | Tensor
 ) -> Tensor:
-    """``reward`` has the result's shape; the others are floats, scalars, [its last dimension] or of its shape."""
+    """``reward`` has the result's shape, the others too, or [its last dimension], or none."""
     u, _ = utility(centred(reward, reference_reward, scale), floor)
     return u if has_fp64(reward, reference_reward, scale, floor) else u.float()
 

@@ -85,42 +85,42 @@ def forward(
     index: Tensor | None,
     cu_seqlens: Tensor | None,
     every: bool,
-) -> tuple[Tensor, Tensor]:
-    """Returns (scores, positions): the row of ``hidden`` behind each score. ``every`` scores all of them, 0 where
-    masked; without a mask positions are empty then."""
+) -> Tensor:
+    """``every`` scores all positions, 0 where masked."""
     if every:
         scores = _linear(hidden, weight, bias)
-        positions = torch.empty(0, dtype=torch.int64, device=hidden.device)
         if attention_mask is not None:
-            counted = attention_mask != 0
-            scores = torch.where(counted.unsqueeze(-1), scores, 0.0)
-            places = torch.arange(counted.numel(), device=hidden.device)
-            positions = torch.where(counted.flatten(), places, NOWHERE)
+            scores = torch.where((attention_mask != 0).unsqueeze(-1), scores, 0.0)
     else:
         positions = _positions(hidden, attention_mask, index, cu_seqlens)
         scores = _linear(_rows(hidden, positions), weight, bias)
         scores = torch.where((positions == NOWHERE).unsqueeze(-1), torch.nan, scores)
     fp64 = any(tensor is not None and tensor.dtype is torch.float64 for tensor in (hidden, weight, bias))
-    return (scores if fp64 else scores.float()), positions
+    return scores if fp64 else scores.float()
 
 
 def backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    positions: Tensor,
+    attention_mask: Tensor | None,
+    index: Tensor | None,
+    cu_seqlens: Tensor | None,
     every: bool,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """To hidden, weight, and bias (in fp64). A row without upstream gradient counts for nothing, even if NaN."""
+    """To hidden, weight and bias (in fp64). A row without upstream gradient counts for nothing, even if NaN."""
+    upstream = grad.double().reshape(-1, weight.shape[0])
     if every:
-        rows, upstream = hidden.reshape(-1, hidden.shape[-1]), grad.double().reshape(-1, grad.shape[-1])
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        counted = None if attention_mask is None else attention_mask.reshape(-1) != 0
     else:
-        rows, upstream = _rows(hidden, positions), grad.double()
-    if positions.numel() > 0:
-        upstream = torch.where((positions != NOWHERE).unsqueeze(-1), upstream, 0.0)
+        positions = _positions(hidden, attention_mask, index, cu_seqlens)
+        rows, counted = _rows(hidden, positions), positions != NOWHERE
+    if counted is not None:
+        upstream = torch.where(counted.unsqueeze(-1), upstream, 0.0)
 
     grad_hidden = grad_weight = grad_bias = None
     if want_hidden:

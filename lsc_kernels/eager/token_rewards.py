@@ -58,8 +58,7 @@ def forward(
     index: Tensor | None,
     dense: Tensor | None,
     options: RewardOptions,
-) -> tuple[Tensor, Tensor]:
-    """Returns (rewards, positions)."""
+) -> Tensor:
     counted = _counted(kl, mask)
     positions, outside = _positions(kl, counted, index, options.placement)
     per_token = torch.zeros_like(kl, dtype=torch.float64) if dense is None else dense.double()
@@ -70,7 +69,7 @@ def forward(
     rewards = torch.where(counted, per_token, 0.0) + torch.where(here, placed, 0.0)
     rewards = torch.where(outside.unsqueeze(-1), torch.nan, rewards)
     fp64 = any(tensor is not None and tensor.dtype is torch.float64 for tensor in (utility, kl, dense))
-    return (rewards if fp64 else rewards.float()), positions
+    return rewards if fp64 else rewards.float()
 
 
 def backward(
@@ -78,8 +77,8 @@ def backward(
     utility: Tensor,
     kl: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     dense: Tensor | None,
-    positions: Tensor,
     options: RewardOptions,
     want_utility: bool,
     want_kl: bool,
@@ -90,6 +89,7 @@ def backward(
     grad = grad.double()
     to_utility = to_kl = to_dense = None
     if want_utility:
+        positions, _ = _positions(kl, counted, index, options.placement)
         here = torch.arange(kl.shape[1], device=kl.device) == positions.unsqueeze(-1)
         exact = utility.double()
         clamped = (exact < options.clip_low) | (exact > options.clip_high)

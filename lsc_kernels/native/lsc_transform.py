@@ -12,7 +12,9 @@ _ops = torch.ops.lsc_kernels
 
 def operand(value: float | Tensor) -> tuple[Tensor | None, float]:
     """An operand as the native ops take it: a tensor, or else a number."""
-    return (value.float(), 0.0) if isinstance(value, Tensor) else (None, value)
+    if isinstance(value, Tensor):
+        return value if value.dtype is torch.float32 else value.float(), 0.0
+    return None, value
 
 
 def forward(

@@ -16,9 +16,9 @@ def forward(
     index: Tensor | None,
     cu_seqlens: Tensor | None,
     every: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     bias = None if bias is None else bias.float()
-    result: tuple[Tensor, Tensor] = _ops.reward_head_forward(
+    result: Tensor = _ops.reward_head_forward(
         hidden, weight.float(), bias, attention_mask, index, cu_seqlens, every
     )
     return result
@@ -28,14 +28,17 @@ def backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    positions: Tensor,
+    attention_mask: Tensor | None,
+    index: Tensor | None,
+    cu_seqlens: Tensor | None,
     every: bool,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     to_hidden, to_weight, to_bias = _ops.reward_head_backward(
-        grad, hidden, weight.float(), positions, every, want_hidden, want_weight, want_bias
+        *(grad, hidden, weight.float(), attention_mask, index, cu_seqlens, every),
+        *(want_hidden, want_weight, want_bias),
     )
     return (
         to_hidden if want_hidden else None,
@@ -53,15 +56,12 @@ def _(
     index: Tensor | None,
     cu_seqlens: Tensor | None,
     every: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     if every:
         outputs = hidden.shape[:-1]
-        positions = hidden.new_empty(0 if attention_mask is None else outputs.numel(), dtype=torch.int64)
     else:
-        sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        outputs = torch.Size((sequences,))
-        positions = hidden.new_empty(sequences, dtype=torch.int64)
-    return hidden.new_empty((*outputs, weight.shape[0]), dtype=torch.float32), positions
+        outputs = torch.Size((hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,))
+    return hidden.new_empty((*outputs, weight.shape[0]), dtype=torch.float32)
 
 
 @torch.library.register_fake("lsc_kernels::reward_head_backward")
@@ -69,7 +69,9 @@ def _(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    positions: Tensor,
+    attention_mask: Tensor | None,
+    index: Tensor | None,
+    cu_seqlens: Tensor | None,
     every: bool,
     want_hidden: bool,
     want_weight: bool,

@@ -20,9 +20,9 @@ def forward(
     index: Tensor | None,
     dense: Tensor | None,
     options: RewardOptions,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     beta, placement, low, high = options
-    result: tuple[Tensor, Tensor] = _ops.token_rewards_forward(
+    result: Tensor = _ops.token_rewards_forward(
         utility, kl, mask, index, dense, beta, PLACEMENTS.index(placement), low, high
     )
     return result
@@ -33,16 +33,17 @@ def backward(
     utility: Tensor,
     kl: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     dense: Tensor | None,
-    positions: Tensor,
     options: RewardOptions,
     want_utility: bool,
     want_kl: bool,
     want_dense: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    beta, _, low, high = options
+    beta, placement, low, high = options
     to_utility, to_kl, to_dense = _ops.token_rewards_backward(
-        grad, utility, kl, mask, dense, positions, beta, low, high, want_utility, want_kl, want_dense
+        *(grad, utility, kl, mask, index, dense, beta, PLACEMENTS.index(placement), low, high),
+        *(want_utility, want_kl, want_dense),
     )
     return (
         to_utility if want_utility else None,
@@ -52,11 +53,8 @@ def backward(
 
 
 @torch.library.register_fake("lsc_kernels::token_rewards_forward")
-def _(utility: Tensor, kl: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return (
-        kl.new_empty(kl.shape, dtype=torch.float32),
-        utility.new_empty(utility.shape, dtype=torch.int64),
-    )
+def _(utility: Tensor, kl: Tensor, *_: object) -> Tensor:
+    return kl.new_empty(kl.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("lsc_kernels::token_rewards_backward")
@@ -65,9 +63,10 @@ def _(
     utility: Tensor,
     kl: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     dense: Tensor | None,
-    positions: Tensor,
     beta: float,
+    placement: int,
     low: float,
     high: float,
     want_utility: bool,

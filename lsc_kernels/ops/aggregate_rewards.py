@@ -12,7 +12,14 @@ from torch import Tensor
 from lsc_kernels.backends import select
 from lsc_kernels.ops import _checks
 from lsc_kernels.ops._autograd import first_derivative
-from lsc_kernels.ops.lsc_transform import Centring, broadcast, centring, save_operands, saved_operands, spread
+from lsc_kernels.ops.lsc_transform import (
+    operand,
+    save_operands,
+    saved_operands,
+    spread,
+    tensors,
+    wants_grad,
+)
 
 MISSING = ("propagate", "ignore", "raise")
 
@@ -62,7 +69,7 @@ def aggregate_rewards(
     floor: float | Tensor = 0.0,
     missing: str = "propagate",
 ) -> Tensor:
-    r"""The log-probability that an output has every one of K properties, the properties being judged independently.
+    r"""The log-probability that an output has every one of K properties, which are judged independently.
 
     .. math:: u = \sum_k w_k \log\bigl(f_k + (1 - f_k)\,\sigma((r_k - r_{\mathrm{ref},k}) / s_k)\bigr)
 
@@ -107,45 +114,33 @@ def aggregate_rewards(
         raise ValueError("scores must be [..., K]; got a scalar")
     device = scores.device
     check_properties(scores.shape[-1], formula, names, missing, device)
-    operands = centring(reference_reward, scale, floor, device)
+    reference_reward = operand("reference_reward", reference_reward, device)
+    scale = operand("scale", scale, device)
+    floor = operand("floor", floor, device)
     if weights is not None:
         _checks.floating("weights", weights)
         _checks.same_device("weights", weights, "scores", scores)
-    tensors = operands.tensors()
-    if tensors or weights is not None:
-        scores, operands, weights = _broadcast(scores, operands, weights)
-        tensors = operands.tensors()
+    given = tensors(reference_reward, scale, floor, weights)
+    if given:
+        operands = {"reference_reward": reference_reward, "scale": scale, "floor": floor, "weights": weights}
+        columns = scores.shape[-1]
+        scores, (reference_reward, scale, floor, weights) = spread("scores", scores, operands)
+        if scores.shape[-1] != columns:
+            raise ValueError(
+                "scores must have one column per property: what is broadcast against it has "
+                f"{scores.shape[-1]}; got {columns}"
+            )
+        given = tensors(reference_reward, scale, floor, weights)
     if missing == "raise":
         check_present(scores)
 
-    kernels = select("aggregate_rewards", scores, weights, *tensors)
-    arguments = (scores, *operands, weights, missing == "ignore")
-    if torch.is_grad_enabled() and (
-        scores.requires_grad
-        or (weights is not None and weights.requires_grad)
-        or any(tensor.requires_grad for tensor in tensors)
-    ):
+    kernels = select("aggregate_rewards", scores, *given)
+    arguments = (scores, reference_reward, scale, floor, weights, missing == "ignore")
+    if wants_grad(*arguments):
         result: Tensor = _AggregateRewards.apply(kernels, *arguments)
     else:
         result = kernels.forward(*arguments)
     return result
-
-
-def _broadcast(
-    scores: Tensor, operands: Centring, weights: Tensor | None
-) -> tuple[Tensor, Centring, Tensor | None]:
-    named = dict(zip(Centring._fields, operands, strict=True), weights=weights)
-    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    shape = broadcast("scores", scores, tensors)
-    if shape[-1:] != scores.shape[-1:]:
-        raise ValueError(
-            f"scores must have one column per property: reference_reward, scale, floor or weights has {shape[-1]}; "
-            f"got scores {list(scores.shape)}"
-        )
-    if scores.shape != shape:
-        scores = scores.expand(shape)
-    operands = Centring(*(spread(operand, shape) for operand in operands))
-    return scores, operands, None if weights is None else spread(weights, shape)
 
 
 class _AggregateRewards(torch.autograd.Function):
@@ -173,7 +168,7 @@ class _AggregateRewards(torch.autograd.Function):
             gradients = ctx.kernels.backward(
                 grad, *operands, ctx.ignore_missing, want_reference, want_scale, want_weights
             )
-        sources = (grad, *(operand for operand in operands if isinstance(operand, Tensor)))
+        sources = (grad, *tensors(*operands))
         to_scores, to_reference, to_scale, to_weights = (
             first_derivative("aggregate_rewards", each, *sources) for each in gradients
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,85 +14,88 @@ from lsc_kernels.ops import _checks
 from lsc_kernels.ops._autograd import first_derivative
 
 
-class Centring(NamedTuple):
-    """The operands that turn a reward into a utility, each a float or a tensor."""
+class Range(NamedTuple):
+    """Values an operand may have: low <= value < high, or low < value where ``low`` is left out."""
 
-    reference_reward: float | Tensor
-    scale: float | Tensor
-    floor: float | Tensor
-
-    def tensors(self) -> list[Tensor]:
-        return [operand for operand in self if isinstance(operand, Tensor)]
+    low: float
+    high: float
+    with_low: bool
+    wanted: str
 
 
-def centring(reference_reward: object, scale: object, floor: object, device: torch.device) -> Centring:
-    """Check the operands of the transform. Values of tensors are checked on the CPU only: no host wait."""
-    checked = Centring(
-        _float_or_tensor("reference_reward", reference_reward, device),
-        _float_or_tensor("scale", scale, device),
-        _float_or_tensor("floor", floor, device),
-    )
-    if isinstance(checked.floor, Tensor):
-        _checks.no_grad("floor", checked.floor)
-    low, high = _extremes(checked.scale)
-    if not (0.0 < low and high < math.inf):
-        raise ValueError(f"scale must be finite and > 0; got {_span(low, high)}")
-    low, high = _extremes(checked.floor)
-    if not (0.0 <= low and high < 1.0):
-        raise ValueError(f"floor must be in [0, 1); got {_span(low, high)}")
-    return checked
+RANGES = {
+    "reference_reward": Range(-math.inf, math.inf, False, "finite"),
+    "scale": Range(0.0, math.inf, False, "finite and > 0"),
+    "floor": Range(0.0, 1.0, True, "in [0, 1)"),
+}
 
 
-def _float_or_tensor(name: str, value: object, device: torch.device) -> float | Tensor:
-    if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a float or a tensor; got {type(value).__name__}")
-        return _checks.number(name, value)
-    _checks.floating(name, value)
-    if value.device != device:
-        raise ValueError(f"{name} must be on {device}; got {value.device}")
+def operand(name: str, value: object, device: torch.device) -> float | Tensor:
+    """Check one operand of the transform. A tensor's values are checked on the CPU only: no host wait."""
+    if isinstance(value, Tensor):
+        _checks.floating(name, value)
+        if value.device != device:
+            raise ValueError(f"{name} must be on {device}; got {value.device}")
+        if name == "reference_reward":
+            return value
+        if name == "floor":
+            _checks.no_grad(name, value)
+        if device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
+            return value
+        low, high = (extreme.item() for extreme in torch.aminmax(value.detach()))
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a tensor; got {type(value).__name__}")
+    else:
+        value = low = high = float(value)
+    least, limit, with_low, wanted = RANGES[name]
+    if not (high < limit and (least <= low if with_low else least < low)):
+        raise ValueError(f"{name} must be {wanted}; got {low if low == high else f'{low} ... {high}'}")
     return value
 
 
-def _extremes(value: float | Tensor) -> tuple[float, float]:
-    """Least and greatest value (NaN if one is NaN); a valid pair where looking would wait for a device."""
-    if not isinstance(value, Tensor):
-        return value, value
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
-        return 0.5, 0.5
-    low, high = torch.aminmax(value.detach())
-    return low.item(), high.item()
+def spread(name: str, tensor: Tensor, operands: dict[str, Any]) -> tuple[Tensor, list[Any]]:
+    """Broadcast a tensor and its operands together, to one of the forms that backends take.
 
-
-def _span(low: float, high: float) -> str:
-    return f"{low}" if low == high else f"{low} ... {high}"
-
-
-def broadcast(name: str, tensor: Tensor, operands: dict[str, Tensor]) -> torch.Size:
-    """The shape ``tensor`` and the operands broadcast to together."""
+    An operand becomes a float, a scalar, [last dimension], or all of the common shape. What is done here is
+    differentiated by PyTorch, so that backends reduce gradients in these forms only.
+    """
     shape = tensor.shape
-    for operand_name, operand in operands.items():
-        if operand.dim() == 0 or operand.shape == shape or operand.shape == shape[-1:]:
+    for operand_name, value in operands.items():
+        if (
+            not isinstance(value, Tensor)
+            or value.dim() == 0
+            or value.shape == shape[-1:]
+            or value.shape == shape
+        ):
             continue
         try:
-            shape = torch.broadcast_shapes(shape, operand.shape)
+            shape = torch.broadcast_shapes(shape, value.shape)
         except RuntimeError:
+            got = list(value.shape)
             raise ValueError(
-                f"{operand_name} must broadcast against {name}, {list(tensor.shape)}; got {list(operand.shape)}"
+                f"{operand_name} must broadcast against {name}, {list(tensor.shape)}; got {got}"
             ) from None
-    return shape
+
+    def form(value: Any) -> Any:
+        if (
+            not isinstance(value, Tensor)
+            or value.dim() == 0
+            or value.shape == shape[-1:]
+            or value.shape == shape
+        ):
+            return value
+        return value.reshape(()) if value.numel() == 1 else value.expand(shape)
+
+    return tensor if tensor.shape == shape else tensor.expand(shape), [
+        form(value) for value in operands.values()
+    ]
 
 
-def spread(operand: float | Tensor, shape: Sequence[int]) -> Any:
-    """An operand in one of the forms that backends take: a float, a scalar, [last dimension], or all of ``shape``.
-
-    What is done here is differentiated by PyTorch, so that backends reduce gradients in these forms only.
-    """
-    if not isinstance(operand, Tensor) or operand.dim() == 0:
-        return operand
-    if operand.shape == shape or operand.shape == shape[-1:]:
-        return operand
-    return operand.reshape(()) if operand.numel() == 1 else operand.expand(shape)
+def wants_grad(*operands: object) -> bool:
+    for value in operands:
+        if isinstance(value, Tensor) and value.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def lsc_transform(
@@ -103,7 +105,7 @@ def lsc_transform(
     scale: float | Tensor = 1.0,
     floor: float | Tensor = 0.0,
 ) -> Tensor:
-    r"""The log-sigmoid-centred transform: how likely it is that a reward beats its reference, as a log-probability.
+    r"""The log-sigmoid-centred transform: the log-probability that a reward beats its reference.
 
     .. math:: u = \log\bigl(f + (1 - f)\,\sigma(z)\bigr), \qquad z = (r - r_\mathrm{ref}) / s
 
@@ -141,22 +143,19 @@ def lsc_transform(
         ['-20', '-0.6931', '-2.061e-09']
     """
     _checks.floating("reward", reward)
-    operands = centring(reference_reward, scale, floor, reward.device)
-    tensors = operands.tensors()
-    if tensors:
-        named = zip(Centring._fields, operands, strict=True)
-        operand_tensors = {name: value for name, value in named if isinstance(value, Tensor)}
-        shape = broadcast("reward", reward, operand_tensors)
-        if reward.shape != shape:
-            reward = reward.expand(shape)
-        operands = Centring(*(spread(operand, shape) for operand in operands))
-        tensors = operands.tensors()
+    device = reward.device
+    reference_reward = operand("reference_reward", reference_reward, device)
+    scale = operand("scale", scale, device)
+    floor = operand("floor", floor, device)
+    if isinstance(reference_reward, Tensor) or isinstance(scale, Tensor) or isinstance(floor, Tensor):
+        operands = {"reference_reward": reference_reward, "scale": scale, "floor": floor}
+        reward, (reference_reward, scale, floor) = spread("reward", reward, operands)
 
-    kernels = select("lsc_transform", reward, *tensors)
-    if torch.is_grad_enabled() and (reward.requires_grad or any(tensor.requires_grad for tensor in tensors)):
-        result: Tensor = _LscTransform.apply(kernels, reward, *operands)
+    kernels = select("lsc_transform", *tensors(reward, reference_reward, scale, floor))
+    if wants_grad(reward, reference_reward, scale):
+        result: Tensor = _LscTransform.apply(kernels, reward, reference_reward, scale, floor)
     else:
-        result = kernels.forward(reward, *operands)
+        result = kernels.forward(reward, reference_reward, scale, floor)
     return result
 
 
@@ -177,24 +176,24 @@ class _LscTransform(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        reward, reference_reward, scale, floor = saved_operands(ctx)
+        operands = saved_operands(ctx)
         want_reference, want_scale = ctx.needs_input_grad[2:4]
         with torch.no_grad():
-            gradients = ctx.kernels.backward(
-                grad, reward, reference_reward, scale, floor, want_reference, want_scale
-            )
-        sources = (grad, reward, *Centring(reference_reward, scale, floor).tensors())
+            gradients = ctx.kernels.backward(grad, *operands, want_reference, want_scale)
+        sources = (grad, *tensors(*operands))
         return None, *(first_derivative("lsc_transform", each, *sources) for each in gradients), None
 
 
-def save_operands(ctx: Any, *operands: float | Tensor | None) -> None:
+def tensors(*operands: object) -> list[Tensor]:
+    return [value for value in operands if isinstance(value, Tensor)]
+
+
+def save_operands(ctx: Any, *operands: object) -> None:
     """Save operands some of which are tensors, for :func:`saved_operands`."""
-    ctx.save_for_backward(*(operand if isinstance(operand, Tensor) else None for operand in operands))
-    ctx.numbers = tuple(None if isinstance(operand, Tensor) else operand for operand in operands)
+    ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in operands])
+    ctx.numbers = [None if isinstance(value, Tensor) else value for value in operands]
 
 
 def saved_operands(ctx: Any) -> list[Any]:
-    return [
-        number if tensor is None else tensor
-        for tensor, number in zip(ctx.saved_tensors, ctx.numbers, strict=True)
-    ]
+    saved = zip(ctx.saved_tensors, ctx.numbers, strict=True)
+    return [number if tensor is None else tensor for tensor, number in saved]

@@ -12,6 +12,7 @@ from torch import Tensor
 from lsc_kernels.backends import select
 from lsc_kernels.ops import _checks
 from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops.lsc_transform import wants_grad
 
 
 def reward_head(
@@ -24,7 +25,7 @@ def reward_head(
     cu_seqlens: Tensor | Sequence[Tensor | None] | None = None,
     pool: str = "last",
 ) -> Tensor:
-    r"""Scores of K properties from the last hidden states of a reward model: only the rows that count are read.
+    r"""Scores of K properties from a reward model's last hidden states: only the rows that count are read.
 
     .. math:: \mathrm{score}_{bk} = h_{b,p(b)} \cdot w_k + \mathrm{bias}_k
 
@@ -150,7 +151,7 @@ def _one_model(
     _check_positions(which, hidden, attention_mask, index, cu_seqlens, every)
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"weight{which} must have the H = {hidden.shape[-1]} columns of hidden{which}; got {list(weight.shape)}"
+            f"weight{which} must have H = {hidden.shape[-1]} columns, as hidden{which}; got {list(weight.shape)}"
         )
     _checks.same_device(f"weight{which}", weight, f"hidden{which}", hidden)
     if bias is not None:
@@ -161,12 +162,10 @@ def _one_model(
 
     kernels = select("reward_head", hidden, weight, bias)
     arguments = (hidden, weight, bias, attention_mask, index, cu_seqlens, every)
-    if torch.is_grad_enabled() and (
-        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        scores: Tensor = _RewardHead.apply(kernels, *arguments)[0]
+    if wants_grad(hidden, weight, bias):
+        scores: Tensor = _RewardHead.apply(kernels, *arguments)
     else:
-        scores = kernels.forward(*arguments)[0]
+        scores = kernels.forward(*arguments)
     return scores
 
 
@@ -219,29 +218,22 @@ class _RewardHead(torch.autograd.Function):
         index: Tensor | None,
         cu_seqlens: Tensor | None,
         every: bool,
-    ) -> tuple[Tensor, Tensor]:
-        scores, positions = kernels.forward(hidden, weight, bias, attention_mask, index, cu_seqlens, every)
-        ctx.mark_non_differentiable(positions)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, positions)
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, attention_mask, index, cu_seqlens)
         ctx.kernels, ctx.every = kernels, every
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return scores, positions
+        scores: Tensor = kernels.forward(hidden, weight, bias, attention_mask, index, cu_seqlens, every)
+        return scores
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
-        if grad is None:
-            return (None,) * 8
-        hidden, weight, positions = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:4]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        hidden, weight, *positions = ctx.saved_tensors
         with torch.no_grad():
             to_hidden, to_weight, to_bias = ctx.kernels.backward(
-                grad, hidden, weight, positions, ctx.every, *wanted
+                grad, hidden, weight, *positions, ctx.every, *ctx.needs_input_grad[1:4]
             )
             if to_bias is not None:
                 to_bias = to_bias.to(ctx.bias_dtype)
         sources = (grad, hidden, weight)
-        gradients = (
-            first_derivative("reward_head", each, *sources) for each in (to_hidden, to_weight, to_bias)
-        )
+        gradients = (first_derivative("reward_head", each, *sources) for each in (to_hidden, to_weight, to_bias))
         return None, *gradients, None, None, None, None

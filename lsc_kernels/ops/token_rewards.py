@@ -12,6 +12,7 @@ from lsc_kernels.backends import select
 from lsc_kernels.eager.token_rewards import RewardOptions
 from lsc_kernels.ops import _checks
 from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops.lsc_transform import wants_grad
 
 PLACEMENTS = ("last", "eos_plus_one", "before_last", "index")
 
@@ -108,12 +109,10 @@ def token_rewards(
 
     kernels = select("token_rewards", utility, kl, dense)
     arguments = (utility, kl, mask, index, dense, options)
-    if torch.is_grad_enabled() and (
-        utility.requires_grad or kl.requires_grad or (dense is not None and dense.requires_grad)
-    ):
-        rewards: Tensor = _TokenRewards.apply(kernels, *arguments)[0]
+    if wants_grad(utility, kl, dense):
+        rewards: Tensor = _TokenRewards.apply(kernels, *arguments)
     else:
-        rewards = kernels.forward(*arguments)[0]
+        rewards = kernels.forward(*arguments)
     return rewards
 
 
@@ -128,24 +127,18 @@ class _TokenRewards(torch.autograd.Function):
         index: Tensor | None,
         dense: Tensor | None,
         options: RewardOptions,
-    ) -> tuple[Tensor, Tensor]:
-        rewards, positions = kernels.forward(utility, kl, mask, index, dense, options)
-        ctx.mark_non_differentiable(positions)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(utility, kl, mask, dense, positions)
+    ) -> Tensor:
+        ctx.save_for_backward(utility, kl, mask, index, dense)
         ctx.kernels, ctx.options = kernels, options
-        return rewards, positions
+        rewards: Tensor = kernels.forward(utility, kl, mask, index, dense, options)
+        return rewards
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
-        if grad is None:
-            return (None,) * 7
-        utility, kl, mask, dense, positions = ctx.saved_tensors
-        want_utility, want_kl = ctx.needs_input_grad[1:3]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _, want_utility, want_kl, _, _, want_dense, _ = ctx.needs_input_grad
         with torch.no_grad():
             gradients = ctx.kernels.backward(
-                *(grad, utility, kl, mask, dense, positions, ctx.options),
-                *(want_utility, want_kl, ctx.needs_input_grad[5]),
+                grad, *ctx.saved_tensors, ctx.options, want_utility, want_kl, want_dense
             )
         to_utility, to_kl, to_dense = (first_derivative("token_rewards", each, grad) for each in gradients)
         return None, to_utility, to_kl, None, None, to_dense, None

@@ -69,27 +69,30 @@ double before_utility(const RewardInputs& in, int64_t row, int64_t place) {
 
 }  // namespace
 
-void token_rewards_forward(const RewardInputs& in, float* rewards, int64_t* positions, int64_t begin, int64_t end) {
+int64_t token_rewards_forward(const RewardInputs& in, float* rewards, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     float* out = rewards + row * in.length;
     const int64_t last = last_counted(in.mask, row, in.length);
+    const int64_t place = position_of(in, row, last);
+    if (place == kOutside) return row;
     for (int64_t first = 0; first <= last; first += kTile) {
       per_token(in, row, first, int(std::min<int64_t>(kTile, last + 1 - first)), out + first);
     }
     std::fill(out + last + 1, out + in.length, 0.0f);
-    const int64_t place = positions[row] = position_of(in, row, last);
     if (place >= 0) out[place] = float(before_utility(in, row, place) + clipped_utility(in, row));
   }
+  return -1;
 }
 
-void token_rewards_backward(const RewardInputs& in, const float* grad, const int64_t* positions, const RewardGradients& out, int64_t begin, int64_t end) {
+void token_rewards_backward(const RewardInputs& in, const float* grad, const RewardGradients& out, int64_t begin, int64_t end) {
   alignas(64) float to_dense[kTile] = {}, to_kl[kTile] = {};
   for (int64_t row = begin; row < end; ++row) {
     const float* upstream = grad + row * in.length;
     if (out.utility) {
       const double utility = load_one(in.utility.dtype, in.utility.data, row);
-      const bool counts = positions[row] >= 0 && !(utility < in.clip_low || utility > in.clip_high);
-      store_one(in.utility.dtype, out.utility, row, counts ? upstream[positions[row]] : 0.0f);
+      const int64_t place = position_of(in, row, last_counted(in.mask, row, in.length));
+      const bool counts = place >= 0 && !(utility < in.clip_low || utility > in.clip_high);
+      store_one(in.utility.dtype, out.utility, row, counts ? upstream[place] : 0.0f);
     }
     if (!out.kl && !out.dense) continue;
     for (int64_t first = 0; first < in.length; first += kTile) {

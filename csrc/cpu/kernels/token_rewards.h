@@ -31,9 +31,9 @@ struct RewardGradients {
 };
 
 LSC_DECLARE_KERNELS(
-    // Rows [begin, end). Forward writes [B, T] rewards and [B] positions: -1 for a row with nothing counted, -2 for a
-    // row whose index is outside of it. Backward reads them again.
-    void token_rewards_forward(const RewardInputs&, float* rewards, int64_t* positions, int64_t begin, int64_t end);
-    void token_rewards_backward(const RewardInputs&, const float* grad, const int64_t* positions, const RewardGradients&, int64_t begin, int64_t end);)
+    // Rows [begin, end). Forward writes [B, T] rewards; it returns a row whose index is outside of it, which is left
+    // unwritten, or -1. Backward reads the upstream gradient of the rewards.
+    int64_t token_rewards_forward(const RewardInputs&, float* rewards, int64_t begin, int64_t end);
+    void token_rewards_backward(const RewardInputs&, const float* grad, const RewardGradients&, int64_t begin, int64_t end);)
 
 }  // namespace lsc
