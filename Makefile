@@ -34,6 +34,7 @@ test: install
 
 bench: install
 	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.report
 
 lint: install
 	$(BIN)/ruff check .
