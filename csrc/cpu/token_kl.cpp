@@ -34,8 +34,8 @@ static std::tuple<Tensor, Tensor> token_kl_backward(
   const auto old = dense(old_logprobs), to_kl = dense(grad_kl), to_logprobs = dense(grad_logprobs);
   const auto to_ref_logprobs = dense(grad_ref_logprobs), to_entropy = dense(grad_entropy);
   const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
-  const Tensor policy = want_policy ? empty_gradient(policy_logits) : nothing();
-  const Tensor ref = want_ref ? empty_gradient(ref_logits) : nothing();
+  const Tensor policy = want_policy ? empty_gradient(policy_logits) : nothing(policy_logits);
+  const Tensor ref = want_ref ? empty_gradient(ref_logits) : nothing(ref_logits);
   backward_rows(tensors, &options, {data_or_null<float>(to_kl), data_or_null<float>(to_logprobs),
                                     data_or_null<float>(to_ref_logprobs), data_or_null<float>(to_entropy), floats(saved),
                                     want_policy ? policy.data_ptr() : nullptr, want_ref ? ref.data_ptr() : nullptr});

@@ -26,7 +26,7 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) over the last dimension: never negative, +inf where q misses what p has."""
     terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * difference(log_p, log_q))
     misses = (log_q == -torch.inf) & (log_p > -torch.inf)
-    return torch.where(misses, torch.inf, terms).sum(-1).clamp_min(0.0)
+    return token_logprobs.row_sum(torch.where(misses, torch.inf, terms)).clamp_min(0.0)
 
 
 def _kl(
@@ -66,7 +66,7 @@ def forward(
     logprobs, ref_logprobs = token_logprobs.at_action(log_p, actions), token_logprobs.at_action(log_q, actions)
     log_weight = None if old_logprobs is None else logprobs - old_logprobs.double()
     kl, _, _, _ = _kl(log_p, log_q, difference(logprobs, ref_logprobs), log_weight, options)
-    entropy = token_logprobs.minus_p_log_p(log_p).sum(-1)
+    entropy = token_logprobs.row_sum(token_logprobs.minus_p_log_p(log_p))
     outputs = [torch.where(kept, output, 0.0) for output in (kl, logprobs, ref_logprobs, entropy)]
     if torch.float64 not in (policy_logits.dtype, ref_logits.dtype):
         outputs = [output.float() for output in outputs]
@@ -127,7 +127,7 @@ def backward(
     if want_policy:
         grad = to_logprobs.unsqueeze(-1) * (one_hot - p)
         terms = token_logprobs.minus_p_log_p(log_p)
-        grad = grad + to_entropy.unsqueeze(-1) * (terms - p * terms.sum(-1, keepdim=True))
+        grad = grad + to_entropy.unsqueeze(-1) * (terms - p * token_logprobs.row_sum(terms).unsqueeze(-1))
         if options.kind == "full":
             grad = grad + to_divergence * _by_first(log_p, log_q)
         elif options.kind == "full_reverse":

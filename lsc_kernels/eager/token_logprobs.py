@@ -43,6 +43,17 @@ def at_action(log_probabilities: Tensor, actions: Tensor) -> Tensor:
     return torch.where(inside, picked, torch.nan)
 
 
+def row_sum(terms: Tensor) -> Tensor:
+    """Sum over the last dimension, in two steps of a fixed split.
+
+    torch splits one long row over threads, but not many rows: without this a row's last bit would depend on how many
+    rows there are.
+    """
+    split = 4096
+    padded = torch.nn.functional.pad(terms, (0, -terms.shape[-1] % split))
+    return padded.unflatten(-1, (-1, split)).sum(-1).sum(-1)
+
+
 def minus_p_log_p(log_probabilities: Tensor) -> Tensor:
     """-p log p, 0 where p is 0."""
     return torch.where(log_probabilities == -torch.inf, 0.0, -log_probabilities.exp() * log_probabilities)
@@ -56,7 +67,7 @@ def forward(
     check_actions(actions, logits.shape[-1], kept)
     log_p = log_softmax(logits, temperature)
     logprobs = torch.where(kept, at_action(log_p, actions), 0.0)
-    entropy = torch.where(kept, minus_p_log_p(log_p).sum(-1), 0.0)
+    entropy = torch.where(kept, row_sum(minus_p_log_p(log_p)), 0.0)
     if logits.dtype is not torch.float64:
         logprobs, entropy = logprobs.float(), entropy.float()
     return logprobs, entropy, logprobs.new_empty(0)
@@ -81,6 +92,6 @@ def backward(
         grad = grad + grad_logprobs.double().unsqueeze(-1) * (one_hot - p)
     if grad_entropy is not None:
         terms = minus_p_log_p(log_p)
-        grad = grad + grad_entropy.double().unsqueeze(-1) * (terms - p * terms.sum(-1, keepdim=True))
+        grad = grad + grad_entropy.double().unsqueeze(-1) * (terms - p * row_sum(terms).unsqueeze(-1))
     grad = grad / (temperature.double().unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
     return torch.where(kept.unsqueeze(-1), grad, 0.0).to(logits.dtype)

@@ -34,7 +34,11 @@ struct KLArguments {
 };
 
 // What the forward pass saves of a row for the backward pass: columns of a [N, kSaved] float tensor.
-enum Saved { kMax, kLogS, kInverseS, kRefMax, kInverseRefS, kCentre, kL, kLogRatio, kDivergence, kEntropy, kLogprob, kSaved };
+// kMeanLogit is the mean of (x - m)/T under pi, kOffset is L - KL(pi || ref) or L + KL(ref || pi): differences that
+// would cancel if they were taken from saved floats.
+enum Saved {
+  kMax, kInverseS, kMeanLogit, kRefMax, kInverseRefS, kCentre, kL, kOffset, kLogRatio, kDivergence, kLogprob, kSaved
+};
 
 struct TokenOutputs {
   float *kl, *logprobs, *ref_logprobs, *entropy;  // [N]; kl and ref_logprobs are null where there is no reference

@@ -10,8 +10,6 @@ namespace LSC_ISA {
 
 namespace {
 
-bool reverse(const KLArguments* kl) { return kl && Kind(kl->kind) == Kind::full_reverse; }
-
 int64_t chunks_of(const TokenRows& rows) { return (rows.vocabulary + kChunk - 1) / kChunk; }
 
 }  // namespace
@@ -21,7 +19,7 @@ void token_rows_forward(const TokenRows& rows, const KLArguments* kl, const Toke
     if (!counted(rows, row)) {
       write_nothing(row, out);
     } else {
-      write_row(rows, row, reverse(kl) ? read_row<true>(rows, row) : read_row<false>(rows, row), kl, out);
+      write_row(rows, row, is_reverse(kl) ? read_row<true>(rows, row) : read_row<false>(rows, row), kl, out);
     }
   }
 }
@@ -38,7 +36,7 @@ void token_chunks_read(const TokenRows& rows, const KLArguments* kl, void* state
     const int64_t last = first + kChunk < rows.vocabulary ? first + kChunk : rows.vocabulary;
     if (!counted(rows, row)) continue;
     static_cast<RowState<double>*>(states)[i] =
-        reverse(kl) ? read_chunk<true>(rows, row, first, last) : read_chunk<false>(rows, row, first, last);
+        is_reverse(kl) ? read_chunk<true>(rows, row, first, last) : read_chunk<false>(rows, row, first, last);
   }
 }
 
@@ -50,7 +48,7 @@ void token_chunks_finish(const TokenRows& rows, const KLArguments* kl, void* sta
       continue;
     }
     RowState<double>* state = static_cast<RowState<double>*>(states) + row * chunks;
-    for (int64_t i = 1; i < chunks; ++i) merge(state[0], state[i], temperature_at(rows, row));
+    for (int64_t i = 1; i < chunks; ++i) merge(state[0], state[i], temperature_at(rows, row), is_reverse(kl));
     write_row(rows, row, state[0], kl, out);
   }
 }

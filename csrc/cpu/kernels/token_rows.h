@@ -50,45 +50,48 @@ inline float logit_at(const Rows& rows, int64_t row, int64_t column) {
 }
 
 template <typename T>
-inline void convert(const T* from, int n, float* to) {
+inline void widen(const T* from, int n, float* to) {
   int i = 0;
   for (; i + Vec::kLanes <= n; i += Vec::kLanes) store(to + i, load(from + i));
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 
-// Columns [begin, end) of a row.
+// Columns [begin, end) of one model.
+inline RowState<double> read_logprobs(const Rows& rows, int64_t row, double temperature, int64_t begin, int64_t end) {
+  LogprobReader reader(temperature);
+  with_type(rows.dtype, [&](auto type) {
+    const auto* x = row_pointer<decltype(type)>(rows, row);
+    for_tiles<decltype(type)>(begin, end, [&](int64_t i, int n, bool more) { reader.tile(x + i, n, more); });
+  });
+  return reader.state();
+}
+
+// Columns [begin, end) of a row. The main model is the policy; for the reverse divergence it is the reference.
 template <bool kReverse>
 inline RowState<double> read_chunk(const TokenRows& rows, int64_t row, int64_t begin, int64_t end) {
   const double temperature = temperature_at(rows, row);
-  if (!rows.ref.data) {
-    LogprobReader reader(temperature);
-    with_type(rows.policy.dtype, [&](auto type) {
-      const auto* x = row_pointer<decltype(type)>(rows.policy, row);
-      for_tiles<decltype(type)>(begin, end, [&](int64_t i, int n, bool more) { reader.tile(x + i, n, more); });
-    });
-    return reader.state();
-  }
-  RowReader reader(temperature);
-  if (rows.policy.dtype == rows.ref.dtype) {
-    with_type(rows.policy.dtype, [&](auto type) {
-      const auto* x = row_pointer<decltype(type)>(rows.policy, row);
-      const auto* y = row_pointer<decltype(type)>(rows.ref, row);
-      for_tiles<decltype(type)>(begin, end, [&](int64_t i, int n, bool more) { reader.template tile<kReverse>(x + i, y + i, n, more); });
-    });
-  } else {
+  if (!rows.ref.data) return read_logprobs(rows.policy, row, temperature, begin, end);
+  const Rows& main = kReverse ? rows.ref : rows.policy;
+  const Rows& other = kReverse ? rows.policy : rows.ref;
+  RowReader<kReverse> reader(temperature);
+  with_type(main.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* x = row_pointer<T>(main, row);
+    if (main.dtype == other.dtype) {
+      const T* y = row_pointer<T>(other, row);
+      for_tiles<T>(begin, end, [&](int64_t i, int n, bool more) { reader.tile(x + i, y + i, n, more); });
+      return;
+    }
     // two dtypes: each tile is widened to float in cache
     alignas(64) float x_tile[kTile<float>], y_tile[kTile<float>];
-    with_type(rows.policy.dtype, [&](auto x_type) {
-      with_type(rows.ref.dtype, [&](auto y_type) {
-        const auto* x = row_pointer<decltype(x_type)>(rows.policy, row);
-        const auto* y = row_pointer<decltype(y_type)>(rows.ref, row);
-        for_tiles<float>(begin, end, [&](int64_t i, int n, bool) {
-          convert(x + i, n, x_tile), convert(y + i, n, y_tile);
-          reader.template tile<kReverse>(static_cast<const float*>(x_tile), static_cast<const float*>(y_tile), n, false);
-        });
+    with_type(other.dtype, [&](auto other_type) {
+      const auto* y = row_pointer<decltype(other_type)>(other, row);
+      for_tiles<float>(begin, end, [&](int64_t i, int n, bool) {
+        widen(x + i, n, x_tile), widen(y + i, n, y_tile);
+        reader.tile(x_tile, y_tile, n, false);
       });
     });
-  }
+  });
   return reader.state();
 }
 
@@ -97,9 +100,43 @@ inline RowState<double> read_row(const TokenRows& rows, int64_t row) {
   RowState<double> state = read_chunk<kReverse>(rows, row, 0, rows.vocabulary < kChunk ? rows.vocabulary : kChunk);
   for (int64_t begin = kChunk; begin < rows.vocabulary; begin += kChunk) {
     const int64_t end = begin + kChunk < rows.vocabulary ? begin + kChunk : rows.vocabulary;
-    merge(state, read_chunk<kReverse>(rows, row, begin, end), temperature_at(rows, row));
+    merge(state, read_chunk<kReverse>(rows, row, begin, end), temperature_at(rows, row), kReverse);
   }
   return state;
+}
+
+// One model's part of a row: its maximum, log-sum and, where asked for, its entropy sum.
+struct ModelRow {
+  double max, S, log_S, H;
+
+  double logprob(float logit, double temperature) const { return (logit - max) / temperature - log_S; }
+};
+
+// A row of the two models as policy and reference, whichever of them was the main one.
+struct PairRow {
+  ModelRow policy, ref;
+  double centre, L, divergence;  // log pi(v) - log ref(v) = (x_v - y_v - centre)/T + L
+  bool near;
+};
+
+inline ModelRow alone(const Rows& rows, int64_t row, int64_t vocabulary, double temperature) {
+  const RowState<double> state = read_logprobs(rows, row, temperature, 0, vocabulary);
+  return {state.main_max, state.S, state.S > 0 ? std::log(state.S) : NAN, state.H};
+}
+
+inline PairRow pair_row(const TokenRows& rows, int64_t row, const RowState<double>& state, bool reverse) {
+  const double temperature = temperature_at(rows, row);
+  const RowSummary<double> summary = summarise(state, temperature);
+  const ModelRow main{state.main_max, state.S, summary.log_S, state.H};
+  const ModelRow other{state.other_max, state.other_S, summary.log_other_S, state.H};
+  PairRow pair{main, other, state.centre, summary.L, summary.kl, summary.near};
+  if (reverse) pair = {other, main, -state.centre, -summary.L, summary.kl, summary.near};
+  if (rows.ref.data && std::isnan(summary.L)) {
+    // one model's row is undefined; the other's own outputs are not, but came from sums that the two share
+    pair.policy = alone(rows.policy, row, rows.vocabulary, temperature);
+    pair.ref = alone(rows.ref, row, rows.vocabulary, temperature);
+  }
+  return pair;
 }
 
 inline KLOptions options_of(const KLArguments& a) {
@@ -113,51 +150,53 @@ inline void write_nothing(int64_t row, const TokenOutputs& out) {
     for (int i = 0; i < kSaved; ++i) out.saved[row * kSaved + i] = 0;
 }
 
+inline bool is_reverse(const KLArguments* kl) { return kl && Kind(kl->kind) == Kind::full_reverse; }
+
 // From the state of a whole row to its outputs.
 inline void write_row(
     const TokenRows& rows, int64_t row, const RowState<double>& state, const KLArguments* kl, const TokenOutputs& out) {
   const double temperature = temperature_at(rows, row);
-  const RowSummary<double> summary = summarise(state, temperature);
+  PairRow pair = pair_row(rows, row, state, is_reverse(kl));
   const int64_t action = action_at(rows, row);
-  const double x = logit_at(rows.policy, row, action);
-  const double logprob = (x - state.policy.max) / temperature - summary.log_S;
-  double d = 0, divergence = 0;
+  const float x = logit_at(rows.policy, row, action);
+  const double logprob = pair.policy.logprob(x, temperature);
+  const double entropy = pair.policy.log_S - pair.policy.H / pair.policy.S;
+  double d = 0;
   if (kl) {
-    const double y = logit_at(rows.ref, row, action);
-    const double direct = (y - state.ref.max) / temperature - summary.log_ref_S;
-    // equal logits agree exactly, -inf included; a reference that nearly agrees is told by the difference
-    d = x == y && std::isinf(x) && !std::isnan(summary.L) ? 0 : (x - y - state.centre) / temperature + summary.L;
-    const double ref_logprob = summary.near && std::isfinite(d) ? logprob - d : direct;
-    divergence = Kind(kl->kind) == Kind::full_reverse ? summary.reverse_kl : summary.kl;
-    if (rows.vocabulary == 1 && std::isfinite(d)) d = divergence = 0;  // not what rounding leaves of it
+    const float y = logit_at(rows.ref, row, action);
+    // equal logits agree exactly, -inf included; and one column leaves nothing to differ
+    const bool equal = (x == y && std::isinf(x)) || rows.vocabulary == 1;
+    d = equal && !std::isnan(pair.L) ? 0 : (double(x) - y - pair.centre) / temperature + pair.L;
+    if (rows.vocabulary == 1) pair.divergence = scaled(pair.divergence, 0.0);
     const double log_weight = kl->old_logprobs ? logprob - kl->old_logprobs[row] : 0;
-    out.kl[row] = float(evaluate_kl(d, divergence, kl->old_logprobs ? &log_weight : nullptr, options_of(*kl)).kl);
-    out.ref_logprobs[row] = float(ref_logprob);
+    out.kl[row] = float(evaluate_kl(d, pair.divergence, kl->old_logprobs ? &log_weight : nullptr, options_of(*kl)).kl);
+    // a reference that nearly agrees is told by the difference
+    out.ref_logprobs[row] = float(pair.near && std::isfinite(d) ? logprob - d : pair.ref.logprob(y, temperature));
   }
   out.logprobs[row] = float(logprob);
-  out.entropy[row] = float(summary.entropy);
+  out.entropy[row] = float(entropy);
   if (!out.saved) return;
   float* saved = out.saved + row * kSaved;
-  saved[kMax] = float(state.policy.max);
-  saved[kLogS] = float(summary.log_S);
-  saved[kInverseS] = float(1 / state.policy.S);
-  saved[kRefMax] = float(state.ref.max);
-  saved[kInverseRefS] = float(1 / state.ref.S);
-  saved[kCentre] = float(state.centre);
-  saved[kL] = float(summary.L);
+  saved[kMax] = float(pair.policy.max);
+  saved[kInverseS] = float(1 / pair.policy.S);
+  saved[kMeanLogit] = float(pair.policy.H / pair.policy.S);
+  saved[kRefMax] = float(pair.ref.max);
+  saved[kInverseRefS] = float(1 / pair.ref.S);
+  saved[kCentre] = float(pair.centre);
+  saved[kL] = float(pair.L);
+  saved[kOffset] = float(is_reverse(kl) ? pair.L + pair.divergence : pair.L - pair.divergence);
   saved[kLogRatio] = float(d);
-  saved[kDivergence] = float(divergence);
-  saved[kEntropy] = float(summary.entropy);
+  saved[kDivergence] = float(pair.divergence);
   saved[kLogprob] = float(logprob);
 }
 
-// The upstream gradients of a row, combined: with p, q the probabilities and d the log ratio of a column,
+// The upstream gradients of a row, combined: with p, q the probabilities and delta + L the log ratio of a column,
 //
-//     d / d x = p (p0 + p_logp log p + p_d d) + p_minus_q (p - q) + at the action: policy_action
-//     d / d y = q (q0 + q_d d) + q_minus_p (q - p)               + at the action: ref_action
+//     d / d x = p (p0 + p_logit (x - m)/T + p_delta delta) + p_minus_q (p - q) + at the action: policy_action
+//     d / d y = q (q0 + q_delta delta) + q_minus_p (q - p)                     + at the action: ref_action
 struct Coefficients {
-  double p0 = 0, p_logp = 0, p_d = 0, p_minus_q = 0, policy_action = 0;
-  double q0 = 0, q_d = 0, q_minus_p = 0, ref_action = 0;
+  double p0 = 0, p_logit = 0, p_delta = 0, p_minus_q = 0, policy_action = 0;
+  double q0 = 0, q_delta = 0, q_minus_p = 0, ref_action = 0;
 };
 
 inline Coefficients coefficients(const TokenRows& rows, int64_t row, const KLArguments* kl, const TokenGradients& grads) {
@@ -177,21 +216,21 @@ inline Coefficients coefficients(const TokenRows& rows, int64_t row, const KLArg
     to_ref -= chain(to_kl, value.on_ratio);
     to_divergence = chain(to_kl, value.on_divergence);
   }
-  const double from_divergence = chain(to_divergence, saved[kDivergence]);
-  c.p0 = -to_logprob - chain(to_entropy, saved[kEntropy]);
-  c.p_logp = -to_entropy;
+  const double from_offset = chain(to_divergence, saved[kOffset]);
+  c.p0 = -to_logprob + chain(to_entropy, saved[kMeanLogit]);
+  c.p_logit = -to_entropy;
   c.policy_action = to_logprob;
   c.q0 = -to_ref;
   c.ref_action = to_ref;
   if (kl && Kind(kl->kind) == Kind::full) {
-    c.p0 -= from_divergence, c.p_d = to_divergence;
+    c.p0 += from_offset, c.p_delta = to_divergence;
     c.q_minus_p = to_divergence;
   } else if (kl && Kind(kl->kind) == Kind::full_reverse) {
     c.p_minus_q = to_divergence;
-    c.q0 -= from_divergence, c.q_d = -to_divergence;
+    c.q0 -= from_offset, c.q_delta = -to_divergence;
   }
   const double inverse = 1 / temperature_at(rows, row);
-  for (double* value : {&c.p0, &c.p_logp, &c.p_d, &c.p_minus_q, &c.policy_action, &c.q0, &c.q_d, &c.q_minus_p, &c.ref_action})
+  for (double* value : {&c.p0, &c.p_logit, &c.p_delta, &c.p_minus_q, &c.policy_action, &c.q0, &c.q_delta, &c.q_minus_p, &c.ref_action})
     *value *= inverse;
   return c;
 }
@@ -199,37 +238,38 @@ inline Coefficients coefficients(const TokenRows& rows, int64_t row, const KLArg
 // One vector of columns of the gradients. The reference is read only where kReference.
 template <bool kReference>
 struct RowGradient {
-  Vec m, log_S, inverse_S, m_ref, inverse_ref_S, centre, L, inverse, log2e;
-  Vec p0, p_logp, p_d, p_minus_q, q0, q_d, q_minus_p;
+  PowerScale scale;
+  Vec m, inverse_S, m_ref, inverse_ref_S, centre, L, inverse;
+  Vec p0, p_logit, p_delta, p_minus_q, q0, q_delta, q_minus_p;
 
-  RowGradient(const float* saved, const Coefficients& c, const Units& units)
-      : m(saved[kMax]), log_S(saved[kLogS]), inverse_S(saved[kInverseS]), m_ref(saved[kRefMax]),
-        inverse_ref_S(saved[kInverseRefS]), centre(saved[kCentre]), L(saved[kL]), inverse(units.inverse),
-        log2e(units.log2e), p0(float(c.p0)), p_logp(float(c.p_logp)), p_d(float(c.p_d)),
-        p_minus_q(float(c.p_minus_q)), q0(float(c.q0)), q_d(float(c.q_d)), q_minus_p(float(c.q_minus_p)) {}
+  RowGradient(const float* saved, const Coefficients& c, double temperature)
+      : scale(temperature), m(saved[kMax]), inverse_S(saved[kInverseS]), m_ref(saved[kRefMax]),
+        inverse_ref_S(saved[kInverseRefS]), centre(saved[kCentre]), L(saved[kL]), inverse(float(1 / temperature)),
+        p0(float(c.p0)), p_logit(float(c.p_logit / temperature)), p_delta(float(c.p_delta)),
+        p_minus_q(float(c.p_minus_q)), q0(float(c.q0)), q_delta(float(c.q_delta)), q_minus_p(float(c.q_minus_p)) {}
 
   void operator()(Vec x, Vec y, Vec& to_policy, Vec& to_ref) const {
-    constexpr float ln2 = 0.693147180559945f;
-    const Exp2 w = exp2((x - m) * log2e);
-    const Vec p = w.value * inverse_S;
-    const Vec log_p = fma(w.exponent, Vec(ln2), Vec(0.0f) - log_S);
-    to_policy = p * fma(p_logp, log_p, p0);
+    Vec u = x - m;
+    const Vec p = exp_scaled(u, scale) * inverse_S;
+    to_policy = p * fma(p_logit, u, p0);
     if constexpr (kReference) {
-      const Vec unlimited = fma(centred_difference(x, y, centre), inverse, L);
+      const Vec unlimited = centred_difference(x, y, centre) * inverse;
       // a column that either model excludes has no finite log ratio, and no weight
-      const Vec d = select(abs(unlimited) < Vec(INFINITY), unlimited, Vec(0.0f));
-      to_policy = fma(p * p_d, d, to_policy);
+      const Vec delta = select(abs(unlimited) < Vec(INFINITY), unlimited, Vec(0.0f));
+      to_policy = fma(p * p_delta, delta, to_policy);
       // p - q = -p expm1(-d) = p (d - d^2 P(d)), without the cancellation of nearly equal columns
-      const Mask small = abs(unlimited) < Vec(kSmallLogRatio);
+      const Vec d = unlimited + L;
+      const Mask small = abs(d) < Vec(kSmallLogRatio);
       Vec difference = p * (d - d * d * expm1_remainder(d));
       Vec q = p - difference;
       if (!all(small)) {
-        const Vec exact = exp2((y - m_ref) * log2e).value * inverse_ref_S;
+        Vec from_max = y - m_ref;
+        const Vec exact = exp_scaled(from_max, scale) * inverse_ref_S;
         q = select(small, q, exact);
         difference = select(small, difference, p - exact);
       }
       to_policy = fma(p_minus_q, difference, to_policy);
-      to_ref = q * fma(q_d, d, q0) - q_minus_p * difference;
+      to_ref = q * fma(q_delta, delta, q0) - q_minus_p * difference;
     }
   }
 };
@@ -253,15 +293,18 @@ inline void write_gradient(const X* x, const Y* y, int64_t n, const RowGradient<
 // The action's column again, in double: 1 - p would lose it where p is nearly 1.
 template <typename X, typename Y>
 inline void write_action(const X* x, const Y* y, int64_t action, const float* saved, const Coefficients& c, double temperature, X* to_policy, Y* to_ref) {
-  const double log_p = (to_float(x[action]) - double(saved[kMax])) / temperature - saved[kLogS];
-  const double p = std::exp(log_p);
-  double policy = c.policy_action + scaled(p, c.p0 + scaled(c.p_logp, log_p));
+  const double logit = (to_float(x[action]) - double(saved[kMax])) / temperature, p = std::exp(saved[kLogprob]);
+  double policy = c.policy_action + scaled(p, c.p0 + scaled(c.p_logit, logit));
   if (y) {
     const double d = saved[kLogRatio];
+    const double raw = (double(to_float(x[action])) - to_float(y[action]) - saved[kCentre]) / temperature;
+    const double delta = std::isfinite(raw) ? raw : 0;
     const double q = std::exp((to_float(y[action]) - double(saved[kRefMax])) / temperature) * saved[kInverseRefS];
     const double difference = std::isfinite(d) ? -p * std::expm1(-d) : p - q;
-    policy += scaled(p, scaled(c.p_d, d)) + scaled(difference, c.p_minus_q);
-    if (to_ref) from_float(float(c.ref_action + scaled(q, c.q0 + scaled(c.q_d, d)) - scaled(difference, c.q_minus_p)), to_ref + action);
+    policy += scaled(p, scaled(c.p_delta, delta)) + scaled(difference, c.p_minus_q);
+    if (to_ref) {
+      from_float(float(c.ref_action + scaled(q, c.q0 + scaled(c.q_delta, delta)) - scaled(difference, c.q_minus_p)), to_ref + action);
+    }
   }
   if (to_policy) from_float(float(policy), to_policy + action);
 }
@@ -271,21 +314,21 @@ inline void write_row_gradients(const TokenRows& rows, int64_t row, const KLArgu
   const double temperature = temperature_at(rows, row);
   const float* saved = grads.saved + row * kSaved;
   const Coefficients c = coefficients(rows, row, kl, grads);
-  const bool reads_ref = grads.ref || c.p_d != 0 || c.p_minus_q != 0;
+  const bool reads_ref = grads.ref || c.p_delta != 0 || c.p_minus_q != 0;
   with_type(rows.policy.dtype, [&](auto x_type) {
     using X = decltype(x_type);
     const X* x = row_pointer<X>(rows.policy, row);
     X* to_policy = grads.policy ? static_cast<X*>(grads.policy) + row * V : nullptr;
     if (!reads_ref) {
       const X* none = nullptr;
-      write_gradient<false>(x, none, V, RowGradient<false>(saved, c, Units(temperature)), to_policy, static_cast<X*>(nullptr));
+      write_gradient<false>(x, none, V, RowGradient<false>(saved, c, temperature), to_policy, static_cast<X*>(nullptr));
       return write_action(x, none, action_at(rows, row), saved, c, temperature, to_policy, static_cast<X*>(nullptr));
     }
     with_type(rows.ref.dtype, [&](auto y_type) {
       using Y = decltype(y_type);
       const Y* y = row_pointer<Y>(rows.ref, row);
       Y* to_ref = grads.ref ? static_cast<Y*>(grads.ref) + row * V : nullptr;
-      write_gradient<true>(x, y, V, RowGradient<true>(saved, c, Units(temperature)), to_policy, to_ref);
+      write_gradient<true>(x, y, V, RowGradient<true>(saved, c, temperature), to_policy, to_ref);
       write_action(x, y, action_at(rows, row), saved, c, temperature, to_policy, to_ref);
     });
   });

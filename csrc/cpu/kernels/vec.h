@@ -83,6 +83,7 @@ inline Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 inline Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
 inline Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a.v, b.v, c.v); }
 inline Vec max(Vec limit, Vec x) { return _mm512_max_ps(limit.v, x.v); }
 inline Vec min(Vec limit, Vec x) { return _mm512_min_ps(limit.v, x.v); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
@@ -106,6 +107,12 @@ inline Vec load(const BFloat16* p) {
 }
 inline Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
+inline void load_two(const BFloat16* p, Vec& a, Vec& b) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  a = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  b = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+}
+
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(BFloat16* p, Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
@@ -117,6 +124,17 @@ inline void store(BFloat16* p, Vec a) {
 inline void store(Half* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+// A double for each lane: where float sums of a few vectors are gathered.
+struct WideSum {
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+
+  void add(Vec a) {
+    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+    high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+  }
+  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+};
 
 #elif defined(__AVX2__)
 
@@ -136,6 +154,7 @@ inline Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 inline Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
 inline Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+inline Vec fms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a.v, b.v, c.v); }
 inline Vec max(Vec limit, Vec x) { return _mm256_max_ps(limit.v, x.v); }
 inline Vec min(Vec limit, Vec x) { return _mm256_min_ps(limit.v, x.v); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
@@ -170,6 +189,12 @@ inline Vec load(const BFloat16* p) {
 }
 inline Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
+inline void load_two(const BFloat16* p, Vec& a, Vec& b) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  a = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  b = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
+}
+
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(BFloat16* p, Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
@@ -183,6 +208,20 @@ inline void store(BFloat16* p, Vec a) {
 inline void store(Half* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+struct WideSum {
+  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+
+  void add(Vec a) {
+    low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)));
+    high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
+  }
+  double total() const {
+    const __m256d s = _mm256_add_pd(low, high);
+    const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd(s, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+  }
+};
 
 #else
 
@@ -239,7 +278,22 @@ inline void store(T* p, Vec a) {
   for (int i = 0; i < 4; ++i) from_float(a.v[i], p + i);
 }
 
+struct WideSum {
+  double lanes[4] = {0, 0, 0, 0};
+
+  void add(Vec a) {
+    for (int i = 0; i < 4; ++i) lanes[i] += double(a.v[i]);
+  }
+  double total() const { return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]); }
+};
+
 #endif
+
+// Two vectors of elements from p, in an order that depends on T alone.
+template <typename T>
+inline void load_two(const T* p, Vec& a, Vec& b) {
+  a = load(p), b = load(p + Vec::kLanes);
+}
 
 // The first n lanes from p, the others `fill`; never reads past p[n-1].
 template <typename T>
@@ -255,23 +309,41 @@ inline void store_first(T* p, int n, Vec a) {
   for (int i = 0; i < n; ++i) from_float(lanes[i], p + i);
 }
 
-// A power of two as it falls out of a softmax: `exponent` is t, no lower than where 2^t becomes 0, so always finite.
-struct Exp2 {
-  Vec value, exponent;
+// What turns raw differences u into powers of two.
+struct PowerScale {
+  float factor;          // log2(e)/T
+  float step, step_low;  // T ln(2) in two floats, the first with 12 bits: n step is exact
+  float lowest;          // the u below which the power is 0
+
+  explicit PowerScale(double temperature) {
+    const double ln2 = 0.69314718055994530942 * temperature;
+    factor = float(1.4426950408889634074 / temperature);
+    step = bits_to_float(float_to_bits(float(ln2)) & 0xfffff000u), step_low = float(ln2 - step);
+    lowest = float(kExp2Floor * ln2);
+  }
 };
 
-// 2^t for t <= 0, -inf included; NaN gives NaN. Relative error 1e-7; 2^0 is exactly 1.
-// 2^t = 2^n (1 + f g(f)), n whole, |f| <= 1/2, g a minimax polynomial of degree 5 (2e-9).
-inline Exp2 exp2(Vec unlimited) {
-  const Vec t = max(Vec(kExp2Floor), unlimited);
-  const Vec n = round(t);
-  const Vec f = t - n;
-  Vec g = fma(Vec(0x1.41fbbap-13f), f, Vec(0x1.5f3e54p-10f));
-  g = fma(g, f, Vec(0x1.3b2d4cp-7f));
-  g = fma(g, f, Vec(0x1.c6aee8p-5f));
-  g = fma(g, f, Vec(0x1.ebfbdcp-3f));
-  g = fma(g, f, Vec(0x1.62e430p-1f));
-  return {scale2(fma(g, f, Vec(1.0f)), n), t};
+// u log2(e)/T - n, without rounding the product
+inline Vec reduced(Vec u, Vec n, const PowerScale& scale) {
+#if defined(__FMA__)
+  return fms(u, Vec(scale.factor), n);
+#else
+  return ((u - n * Vec(scale.step)) - n * Vec(scale.step_low)) * Vec(scale.factor);
+#endif
+}
+
+// e^(u/T) for u <= 0, -inf included; NaN gives NaN. e^0 is exactly 1. Relative error 1.5e-7 beyond what the rounding of
+// log2(e)/T makes of u: u log2(e)/T = n + f with n whole and |f| <= 1/2, and 2^f = 1 + f g(f) with g a minimax polynomial
+// of degree 4 (9e-8). `u` comes back limited to where the power is not 0, so that power * u is never 0 * inf.
+inline Vec exp_scaled(Vec& u, const PowerScale& scale) {
+  u = max(Vec(scale.lowest), u);
+  const Vec n = round(u * Vec(scale.factor));
+  const Vec f = reduced(u, n, scale);
+  Vec g = fma(Vec(0x1.5bba0ep-10f), f, Vec(0x1.3cea88p-7f));
+  g = fma(g, f, Vec(0x1.c6b752p-5f));
+  g = fma(g, f, Vec(0x1.ebf9bcp-3f));
+  g = fma(g, f, Vec(0x1.62e42ap-1f));
+  return scale2(fma(g, f, Vec(1.0f)), n);
 }
 
 }  // namespace LSC_ISA
