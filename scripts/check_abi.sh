@@ -4,10 +4,10 @@
 #
 #     scripts/check_abi.sh [A [B]]            default: torch==2.11.0 torch==2.13.0
 #
-# A and B are what pip takes for torch (a version, a wheel file), or a Python that has torch and pytest. For the
-# former, environments are made in build/abi and kept; on Linux PyPI's torch brings gigabytes of CUDA, which
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids with torch==2.13.0+cpu and the like.
-# PYTEST_ARGS goes to pytest.
+# A and B are what pip takes for torch (a version, a wheel file), or a Python that has torch and what the tests
+# import (pytest, hypothesis, mpmath). For the former, environments are made in build/abi and kept; on Linux
+# PyPI's torch brings gigabytes of CUDA, which PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids with
+# torch==2.13.0+cpu and the like. PYTEST_ARGS goes to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 read -ra pytest_args <<<"${PYTEST_ARGS:-}"
@@ -23,7 +23,7 @@ environment() {
   local venv="$PWD/build/abi/$(basename "$1")"
   if [ ! -e "$venv/.complete" ]; then
     "${PYTHON:-python3}" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet "$1" numpy pytest >&2
+    "$venv/bin/python" -m pip install --quiet "$1" numpy pytest hypothesis mpmath >&2
     touch "$venv/.complete"
   fi
   echo "$venv/bin/python"

@@ -1,0 +1,3 @@
+"""Written when the package is built, from csrc/build_info.py.in."""
+
+SKIPPED: str | None
