@@ -46,9 +46,9 @@ inline Tensor empty_large(Sizes sizes, torch::headeronly::ScalarType dtype) {
   return tensor;
 }
 
-inline Tensor nothing() {
+inline Tensor nothing(torch::headeronly::ScalarType dtype = torch::headeronly::ScalarType::Float) {
   const int64_t zero = 0;
-  return empty(Sizes(&zero, 1), torch::headeronly::ScalarType::Float);
+  return empty(Sizes(&zero, 1), dtype);
 }
 
 inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }

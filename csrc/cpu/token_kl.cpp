@@ -1,6 +1,6 @@
 // token_kl on the CPU: KL, both log-probabilities and the entropy.
 //
-// Forward reads 2 N V logits, writes 4 N floats and what backward needs, [N, 11]. Backward reads N V (2 N V for a full
+// Forward reads 2 N V logits, writes 4 N floats and what backward needs, [N, 13]. Backward reads N V (2 N V for a full
 // divergence or a gradient to the reference) and writes each wanted gradient once.
 #include <torch/csrc/stable/library.h>
 
@@ -34,8 +34,8 @@ static std::tuple<Tensor, Tensor> token_kl_backward(
   const auto old = dense(old_logprobs), to_kl = dense(grad_kl), to_logprobs = dense(grad_logprobs);
   const auto to_ref_logprobs = dense(grad_ref_logprobs), to_entropy = dense(grad_entropy);
   const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
-  const Tensor policy = want_policy ? empty_gradient(policy_logits) : nothing(policy_logits);
-  const Tensor ref = want_ref ? empty_gradient(ref_logits) : nothing(ref_logits);
+  const Tensor policy = want_policy ? empty_gradient(policy_logits) : nothing(policy_logits.scalar_type());
+  const Tensor ref = want_ref ? empty_gradient(ref_logits) : nothing(ref_logits.scalar_type());
   backward_rows(tensors, &options, {data_or_null<float>(to_kl), data_or_null<float>(to_logprobs),
                                     data_or_null<float>(to_ref_logprobs), data_or_null<float>(to_entropy), floats(saved),
                                     want_policy ? policy.data_ptr() : nullptr, want_ref ? ref.data_ptr() : nullptr});

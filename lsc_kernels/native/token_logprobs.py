@@ -7,7 +7,7 @@ from torch import Tensor
 
 _ops = torch.ops.lsc_kernels
 
-SAVED = 11
+SAVED = 13
 """Floats that the forward pass saves per row: ``kSaved`` in csrc/cpu/kernels/rows.h."""
 
 

@@ -152,6 +152,12 @@ inline void write_nothing(int64_t row, const TokenOutputs& out) {
 
 inline bool is_reverse(const KLArguments* kl) { return kl && Kind(kl->kind) == Kind::full_reverse; }
 
+inline void save_double(double value, float* saved) {
+  saved[0] = float(value);
+  saved[1] = std::isfinite(saved[0]) ? float(value - saved[0]) : 0.0f;
+}
+inline double saved_double(const float* saved) { return double(saved[0]) + saved[1]; }
+
 // From the state of a whole row to its outputs.
 inline void write_row(
     const TokenRows& rows, int64_t row, const RowState<double>& state, const KLArguments* kl, const TokenOutputs& out) {
@@ -185,9 +191,9 @@ inline void write_row(
   saved[kCentre] = float(pair.centre);
   saved[kL] = float(pair.L);
   saved[kOffset] = float(is_reverse(kl) ? pair.L + pair.divergence : pair.L - pair.divergence);
-  saved[kLogRatio] = float(d);
   saved[kDivergence] = float(pair.divergence);
-  saved[kLogprob] = float(logprob);
+  save_double(d, saved + kLogRatio);
+  save_double(logprob, saved + kLogprob);
 }
 
 // The upstream gradients of a row, combined: with p, q the probabilities and delta + L the log ratio of a column,
@@ -208,9 +214,9 @@ inline Coefficients coefficients(const TokenRows& rows, int64_t row, const KLArg
   double to_logprob = upstream(grads.logprobs), to_ref = upstream(grads.ref_logprobs), to_divergence = 0;
   Coefficients c;
   if (kl) {
-    const double log_weight = kl->old_logprobs ? double(saved[kLogprob]) - kl->old_logprobs[row] : 0;
+    const double log_weight = kl->old_logprobs ? saved_double(saved + kLogprob) - kl->old_logprobs[row] : 0;
     const KLValue<double> value = evaluate_kl<double>(
-        saved[kLogRatio], saved[kDivergence], kl->old_logprobs ? &log_weight : nullptr, options_of(*kl));
+        saved_double(saved + kLogRatio), saved[kDivergence], kl->old_logprobs ? &log_weight : nullptr, options_of(*kl));
     const double to_kl = upstream(grads.kl);
     to_logprob += chain(to_kl, value.on_ratio + value.through_weight);
     to_ref -= chain(to_kl, value.on_ratio);
@@ -293,10 +299,10 @@ inline void write_gradient(const X* x, const Y* y, int64_t n, const RowGradient<
 // The action's column again, in double: 1 - p would lose it where p is nearly 1.
 template <typename X, typename Y>
 inline void write_action(const X* x, const Y* y, int64_t action, const float* saved, const Coefficients& c, double temperature, X* to_policy, Y* to_ref) {
-  const double logit = (to_float(x[action]) - double(saved[kMax])) / temperature, p = std::exp(saved[kLogprob]);
+  const double logit = (to_float(x[action]) - double(saved[kMax])) / temperature, p = std::exp(saved_double(saved + kLogprob));
   double policy = c.policy_action + scaled(p, c.p0 + scaled(c.p_logit, logit));
   if (y) {
-    const double d = saved[kLogRatio];
+    const double d = saved_double(saved + kLogRatio);
     const double raw = (double(to_float(x[action])) - to_float(y[action]) - saved[kCentre]) / temperature;
     const double delta = std::isfinite(raw) ? raw : 0;
     const double q = std::exp((to_float(y[action]) - double(saved[kRefMax])) / temperature) * saved[kInverseRefS];
