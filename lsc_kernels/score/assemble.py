@@ -95,7 +95,8 @@ def assemble(
     Raises:
         UserError: not one row could be encoded.
     """
-    scalars = _scalars(store, windows)
+    by_prompt = any(rule.kind == "prompt-quantile" for rule in shaping.rules)
+    scalars = _scalars(store, windows, by_prompt)
     refused = scalars.filter(pc.is_valid(scalars["error"]))
     late = [
         BadLine(*found)
@@ -105,7 +106,8 @@ def assemble(
     if not scalars.num_rows:
         raise UserError(f"not one of the rows can be scored; line {late[0].line}: {late[0].reason}")
     scores, given = (_matrix(scalars[name], len(shaping.names)) for name in ("scores", "references"))
-    references, alone = reference_rewards(scores, given, scalars["prompt"].to_pylist(), shaping.rules)
+    prompts = scalars["prompt"].to_pylist() if by_prompt else None
+    references, alone = reference_rewards(scores, given, prompts, shaping.rules)
     all_bad = sorted({(found.line, found.reason) for found in (*bad, *late)})
     about = {**about, "bad": all_bad, "rows_alone_with_their_prompt": alone}
     unfinished = store.out.with_name(store.out.name + ".tmp")
@@ -121,8 +123,8 @@ def assemble(
     store.finish(unfinished)
 
 
-def _scalars(store: PartStore, windows: int) -> pa.Table:
-    columns = ["row", "line", "error", "scores", "references", "prompt"]
+def _scalars(store: PartStore, windows: int, by_prompt: bool) -> pa.Table:
+    columns = ["row", "line", "error", "scores", "references", *(["prompt"] if by_prompt else [])]
     return pa.concat_tables([store.window(window, columns) for window in range(windows)])
 
 
@@ -132,38 +134,35 @@ def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
 
 
 def reference_rewards(
-    scores: np.ndarray, given: np.ndarray, prompts: Sequence[str], rules: Sequence[ReferenceRule]
+    scores: np.ndarray, given: np.ndarray, prompts: Sequence[str] | None, rules: Sequence[ReferenceRule]
 ) -> tuple[np.ndarray, int]:
     """The reference reward of every row and property.
 
     Args:
         scores: [rows, K]; NaN is left out of quantiles.
         given: [rows, K]: what columns and canned responses gave, NaN elsewhere.
-        prompts: one per row; equal text is the same prompt.
+        prompts: one per row, equal text being the same prompt; None where no rule asks for quantiles by
+            prompt.
         rules: one per property.
 
     Returns:
         References [rows, K] in float32, and how many rows were alone with their prompt and got the quantile
-        of the whole file where that of the prompt was asked for: a response cannot be its own reference.
+        of the whole file instead of the prompt's: a response cannot be its own reference.
     """
+    by_prompt: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts or ()):
+        by_prompt.setdefault(prompt, []).append(row)
     references = np.array(given, dtype=np.float64)
-    groups: list[list[int]] = []
-    if any(rule.kind == "prompt-quantile" for rule in rules):
-        by_prompt: dict[str, list[int]] = {}
-        for row, prompt in enumerate(prompts):
-            by_prompt.setdefault(prompt, []).append(row)
-        groups = [rows for rows in by_prompt.values() if len(rows) > 1]
     for k, rule in enumerate(rules):
         if rule.kind == "number":
             references[:, k] = rule.value
-        elif rule.kind in ("quantile", "prompt-quantile") and len(scores):
+        elif rule.kind in ("quantile", "prompt-quantile"):
             references[:, k] = _quantile(scores[:, k], rule.value)
         if rule.kind == "prompt-quantile":
-            for rows in groups:
-                references[rows, k] = _quantile(scores[rows, k], rule.value)
-    alone = (
-        len(prompts) - sum(map(len, groups)) if any(rule.kind == "prompt-quantile" for rule in rules) else 0
-    )
+            for rows in by_prompt.values():
+                if len(rows) > 1:
+                    references[rows, k] = _quantile(scores[rows, k], rule.value)
+    alone = sum(len(rows) == 1 for rows in by_prompt.values())
     return references.astype(np.float32), alone
 
 

@@ -67,8 +67,9 @@ class ScoreConfig:
     """Everything a scoring run is told; the fields mirror the options of ``lsc-kernels score``.
 
     ``policy``, ``ref`` and each of ``reward_models`` is a folder, a name on the Hugging Face hub, or a pair
-    ``(model, tokenizer)`` that is already loaded. ``data`` is a file, a dataset, or a list of records.
-    ``reference``, ``scale``, ``floor`` and ``weights`` take one value for every property or one per property.
+    ``(model, tokenizer)`` that is already loaded; such a model keeps its dtype. ``data`` is a file, a
+    dataset, or a list of records. ``reference``, ``scale``, ``floor`` and ``weights`` take one value for
+    every property or one per property.
 
     Raises:
         UserError: an option has a value it cannot have.

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
 from .extras import require
 from .store import read_metadata
-from .summary import ScoreSummary, summarize
+from .summary import ScoreSummary, kl_by_position, summarize
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,14 +48,14 @@ def draw(out: Path, path: Path) -> None:
     summary = summarize(out)
     names = read_metadata(out)["names"]
     columns = [f"{head}_{name}" for name in names for head in ("score", "reference")]
-    rows = pq.read_table(out, columns=["kl", *columns])
+    rows = pq.read_table(out, columns=columns)
     # A figure of its own, not pyplot's: nothing global changes and no display is looked for.
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     scores, binding, kl = figure.subplots(1, 3)
     _draw_scores(scores, rows, names)
     _draw_binding(binding, summary)
-    _draw_kl(kl, rows["kl"].combine_chunks(), summary)
+    _draw_kl(kl, out, summary)
     for axes in (scores, binding, kl):
         axes.spines[["top", "right"]].set_visible(False)
     try:
@@ -104,16 +103,11 @@ def _draw_binding(axes: Any, summary: ScoreSummary) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_kl(axes: Any, kl: pa.ListArray, summary: ScoreSummary) -> None:
-    lengths = pc.list_value_length(kl).to_numpy(zero_copy_only=False)
-    values = pc.list_flatten(kl).to_numpy(zero_copy_only=False).astype(np.float64)
-    positions = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    reach = max(1, int(np.quantile(lengths, 1 - FEWEST_ROWS)))
-    edges = np.unique(np.linspace(0, reach, KL_BINS + 1).round())
-    inside = positions < reach
-    counts, _ = np.histogram(positions[inside], edges)
-    sums, _ = np.histogram(positions[inside], edges, weights=values[inside])
-    means = sums / counts
+def _draw_kl(axes: Any, out: Path, summary: ScoreSummary) -> None:
+    counts, sums = kl_by_position(out)
+    reach = max(1, int(np.count_nonzero(counts >= FEWEST_ROWS * counts[0])))
+    edges = np.unique(np.linspace(0, reach, KL_BINS + 1).round().astype(int))
+    means = np.add.reduceat(sums[:reach], edges[:-1]) / np.add.reduceat(counts[:reach], edges[:-1])
     # Tokens are counted from 1: a bin over positions a to b-1 has its middle at (a + b + 1) / 2.
     axes.plot((edges[:-1] + edges[1:] + 1) / 2, means, color=COLOURS[0], linewidth=1.6, marker=".")
     axes.axhline(

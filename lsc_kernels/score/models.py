@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import ModelSource
+
+
+# What a configuration also records, and what changes when a folder is moved or a library updated.
+NOT_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,8 @@ def _digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     Every weight is read once where it lies: rows are reduced by xor on the device, and what is left is
     hashed.
     """
-    digest = hashlib.sha256(model.config.to_json_string().encode())
+    config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.numel() == 0:

@@ -69,10 +69,8 @@ def score(config: ScoreConfig, *, progress: bool = True) -> ScoreSummary:
     check_output(out, resume=config.resume, overwrite=config.overwrite)
     if config.plot is not None:
         check_figure_name(Path(config.plot))
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     started = time.monotonic()
-    with Progress(show=progress) as shown:
+    with _threads(config.threads), Progress(show=progress) as shown:
         shown.say("reading the data")
         data = Data.from_config(config)
         scan = data.scan()
@@ -94,6 +92,16 @@ def score(config: ScoreConfig, *, progress: bool = True) -> ScoreSummary:
     if config.plot is not None:
         draw(out, Path(config.plot))
     return summary
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_scan(scan: Scan, config: ScoreConfig) -> None:

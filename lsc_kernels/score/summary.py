@@ -146,13 +146,13 @@ def summarize(out: Path) -> ScoreSummary:
     heads = ("score", "reference", "utility", "marginal_utility")
     columns = [f"{head}_{name}" for name in names for head in heads]
     cuts = ["prompt_tokens_cut", "response_tokens_cut", "reward_tokens_cut"]
-    rows = pq.read_table(out, columns=["line", "side", "utility", "binding", "kl", *cuts, *columns])
+    rows = pq.read_table(out, columns=["line", "side", "utility", "binding", *cuts, *columns])
     values = {name: rows[name].to_numpy() for name in ("line", "utility", *cuts, *columns)}
     finite = np.all([np.isfinite(values[f"score_{name}"]) for name in names], axis=0)
     side = np.array(rows["side"].to_pylist(), dtype=object)
     pairs = _pairs(values["line"], side)
     binding = np.array(rows["binding"].to_pylist(), dtype=object)
-    kl = pc.list_flatten(rows["kl"]).to_numpy().astype(np.float64)
+    tokens_at, kl_at = kl_by_position(out)
     return ScoreSummary(
         out=out,
         rows=rows.num_rows,
@@ -174,9 +174,9 @@ def summarize(out: Path) -> ScoreSummary:
         utility=_mean(values["utility"][finite]),
         utility_pair_accuracy=_accuracy(values["utility"], pairs),
         kl_kind=about["kl"],
-        kl_per_token=_mean(kl),
-        kl_per_sequence=float(kl.sum() / max(1, rows.num_rows)),
-        tokens=len(kl),
+        kl_per_token=float(kl_at.sum() / tokens_at.sum()),
+        kl_per_sequence=float(kl_at.sum() / rows.num_rows),
+        tokens=int(tokens_at.sum()),
         bad=tuple(BadLine(line, reason) for line, reason in about["bad"]),
         not_finite=int((~finite).sum()),
         prompts_cut=int((values[cuts[0]] > 0).sum()),
@@ -184,6 +184,20 @@ def summarize(out: Path) -> ScoreSummary:
         reward_texts_cut=int((values[cuts[2]] > 0).sum()),
         alone=about["rows_alone_with_their_prompt"],
     )
+
+
+def kl_by_position(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """How many responses reach each position, and the sum of their KL there; read piece by piece."""
+    counts, sums = np.zeros(0, np.int64), np.zeros(0)
+    with pq.ParquetFile(out) as file:
+        for batch in file.iter_batches(columns=["kl"]):
+            lengths = pc.list_value_length(batch["kl"]).to_numpy(zero_copy_only=False)
+            values = pc.list_flatten(batch["kl"]).to_numpy(zero_copy_only=False).astype(np.float64)
+            positions = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            longest = max(len(counts), int(lengths.max(initial=0)))
+            counts = np.pad(counts, (0, longest - len(counts))) + np.bincount(positions, minlength=longest)
+            sums = np.pad(sums, (0, longest - len(sums))) + np.bincount(positions, values, minlength=longest)
+    return counts, sums
 
 
 def _mean(values: np.ndarray) -> float:
