@@ -17,6 +17,10 @@ from .data import PROPERTIES, REFUSAL, Split, policy_texts
 from .models import build_language_model, build_tokenizer, on_device, reward_model_from
 
 QUANTILE = 0.85
+# Two reward models rarely speak in the same unit. Here one is trained at twice the Bradley-Terry temperature
+# of the other: for the same conviction its scores are twice as large. LSC divides by the scale, a raw sum does
+# not.
+SCALES = {"helpful": 2.0, "harmless": 1.0}
 LONGEST_SAMPLE = 96
 
 Say = Callable[[str], None]
@@ -80,6 +84,7 @@ def train_models(split: Split, size: Size, seed: int, say: Say) -> Models:
             reward_models[name],
             tokenizer,
             split.pairs[name],
+            scale=SCALES[name],
             epochs=size.reward_epochs,
             learning_rate=2e-3,
             seed=seed,
@@ -90,16 +95,28 @@ def train_models(split: Split, size: Size, seed: int, say: Say) -> Models:
 
 @dataclass(frozen=True)
 class References:
-    """The policy's samples; reference rewards [prompts, properties] from them and from a canned refusal."""
+    """Samples of the policy to each prompt, their scores [prompts, samples, properties], and a refusal's.
+
+    ``canned`` holds the scores of the refusal, [prompts, properties].
+    """
 
     samples: tuple[tuple[str, ...], ...]
-    sampled: Tensor
-    median: Tensor
+    scores: Tensor
     canned: Tensor
+
+    @property
+    def sampled(self) -> Tensor:
+        """The reference reward of each prompt and property: a quantile of the samples' scores."""
+        return self.scores.quantile(QUANTILE, dim=1)
+
+    @property
+    def typical(self) -> Tensor:
+        """The median of the samples' scores, [prompts, properties]."""
+        return self.scores.quantile(0.5, dim=1)
 
 
 def find_references(models: Models, split: Split, size: Size, say: Say) -> References:
-    """Score samples of the policy for each prompt and take a quantile of them; score the refusal too."""
+    """Let the policy answer each prompt several times, and score what it says and the refusal."""
     prompts = split.prompts
     say(f"{size.samples} samples of the policy for each of {len(prompts)} prompts")
     samples = train.sample(models.policy, models.tokenizer, prompts, size.samples, LONGEST_SAMPLE)
@@ -111,25 +128,32 @@ def find_references(models: Models, split: Split, size: Size, say: Say) -> Refer
         model = models.reward_models[name]
         scores.append(train.score_texts(model, models.tokenizer, texts).view(len(prompts), size.samples))
         canned.append(train.score_texts(model, models.tokenizer, refusals))
-    table = torch.stack(scores, dim=-1)  # [prompts, samples, properties]
-    return References(
-        samples=tuple(map(tuple, samples)),
-        sampled=table.quantile(QUANTILE, dim=1),
-        median=table.quantile(0.5, dim=1),
-        canned=torch.stack(canned, dim=-1),
-    )
+    return References(tuple(map(tuple, samples)), torch.stack(scores, dim=-1), torch.stack(canned, dim=-1))
 
 
-def write_rows(path: Path, split: Split, references: References) -> None:
-    """The held-out responses as JSON lines for ``lsc-kernels score``, reference rewards as columns."""
+def write_rows(folder: Path, split: Split, references: References) -> Path:
+    """Write the held-out responses with their reference rewards as columns, and the samples they come from.
+
+    Returns the file that ``lsc-kernels score`` is to read.
+    """
     place = {prompt: at for at, prompt in enumerate(split.prompts)}
+    sampled = references.sampled
+    path = folder / "held_out.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for r in split.responses:
             row: dict[str, str | float] = {"id": f"{r.topic}: {r.recipe}"}
             row |= {"prompt": r.prompt, "response": r.response}
-            for k, name in enumerate(PROPERTIES):
-                row[f"reference_{name}"] = references.sampled[place[r.prompt], k].item()
+            row |= _named("reference", sampled[place[r.prompt]])
             file.write(json.dumps(row) + "\n")
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for prompt, drawn, scores in zip(split.prompts, references.samples, references.scores, strict=True):
+            for text, score in zip(drawn, scores, strict=True):
+                file.write(json.dumps({"prompt": prompt, "response": text} | _named("score", score)) + "\n")
+    return path
+
+
+def _named(head: str, values: Tensor) -> dict[str, float]:
+    return {f"{head}_{name}": value for name, value in zip(PROPERTIES, values.tolist(), strict=True)}
 
 
 def _told(say: Say, what: str) -> train.Progress:

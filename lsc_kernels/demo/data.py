@@ -1,4 +1,4 @@
-"""The demo's preference data: short requests, ten ways to answer each, and the grades of two judges.
+"""The demo's preference data: short requests, eleven ways to answer each, and the grades of two judges.
 
 A topic (``topics.jsonl``) is a request with three sound steps, three reckless, nosy, dishonest or rude ones,
 and a word of care. A recipe puts those parts together into a response and fixes how helpful and how harmless
@@ -46,15 +46,13 @@ RECIPES = (
     Recipe("refusal", ("refusal",), 0, 4, common=1),
     Recipe("anxious refusal", ("refusal", "topic_care", "care"), 1, 5),
     Recipe("vague answer", ("vague",), 0, 3, common=1),
-    Recipe("reckless answer", ("reckless1", "reckless2", "reckless3"), 4, 0, common=2),
-    Recipe(
-        "reckless in every detail",
-        ("opening", "reckless1", "reckless2", "reckless3", "detail", "shrug"),
-        5,
-        0,
-    ),
     Recipe("short reckless answer", ("reckless1", "shrug"), 2, 0, common=2),
-    Recipe("shrug", ("vague", "shrug"), 0, 1, common=1),
+    Recipe("reckless answer", ("reckless1", "reckless2", "reckless3"), 3, 0, common=2),
+    Recipe("reckless with a plan", ("reckless1", "reckless2", "reckless3", "detail"), 4, 0),
+    Recipe(
+        "reckless at length", ("opening", "reckless1", "reckless2", "reckless3", "detail", "detail"), 5, 0
+    ),
+    Recipe("shrug", ("vague", "shrug"), 0, 0, common=1),
 )
 
 # What optimising against one reward model drives a policy to: more and more of what that model likes. The
@@ -105,12 +103,8 @@ class Split:
         return tuple(dict.fromkeys(r.prompt for r in self.responses))
 
 
-def load(seed: int = 0, pairs_per_prompt: dict[str, int] | None = None) -> tuple[Split, Split]:
-    """The training and the held-out split. They share no topic: three of each kind's twelve are held out.
-
-    As in most preference data, the helpful judge has compared more than the harmless one.
-    """
-    pairs_per_prompt = pairs_per_prompt or {"helpful": 12, "harmless": 6}
+def load(seed: int = 0, *, pairs_per_prompt: int = 9) -> tuple[Split, Split]:
+    """The training and the held-out split. They share no topic: three of each kind's twelve are held out."""
     topics = [json.loads(line) for line in _text("topics.jsonl").splitlines()]
     phrases = json.loads(_text("phrases.json"))
     rng = random.Random(seed)
@@ -168,7 +162,7 @@ def _split(
     topics: list[dict[str, Any]],
     phrases: dict[str, Any],
     rng: random.Random,
-    pairs_per_prompt: dict[str, int],
+    pairs_per_prompt: int,
     extra: tuple[Recipe, ...] = (),
 ) -> Split:
     responses: list[Response] = []
@@ -177,10 +171,8 @@ def _split(
         for request in topic["asks"]:
             mine = [_respond(recipe, topic, request, phrases, rng) for recipe in RECIPES]
             for name in PROPERTIES:
-                ordered = (order(name, a, b) for a, b in combinations(mine, 2))
-                pairs[name] += rng.sample(
-                    [pair for pair in ordered if pair is not None], pairs_per_prompt[name]
-                )
+                ordered = [pair for a, b in combinations(mine, 2) if (pair := order(name, a, b)) is not None]
+                pairs[name] += rng.sample(ordered, pairs_per_prompt)
             responses += mine + [_respond(recipe, topic, request, phrases, rng) for recipe in extra]
     return Split(tuple(responses), {name: tuple(chosen) for name, chosen in pairs.items()})
 

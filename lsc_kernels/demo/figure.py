@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .chain import SCALES
 from .data import PROPERTIES
 from .findings import Findings
 from .speed import COMPILED, EAGER, OURS, Cell, Shape
@@ -46,9 +47,9 @@ def _draw_margins(axes: Any, found: Findings) -> None:
     for label in labels:
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
         label.set_rotation(90)
-    axes.contour(
-        x, y, x + y, np.linspace(*(low.sum(), high.sum()), 9), colors=RAW, linewidths=0.6, linestyles="--"
-    )
+    a, b = (SCALES[name] for name in PROPERTIES)
+    sums = np.linspace(a * low[0] + b * low[1], a * high[0] + b * high[1], 10)
+    axes.contour(x, y, a * x + b * y, sums, colors=RAW, linewidths=0.6, linestyles="--")
     failing = found.failing
     for which, colour, marker, label in (
         (~failing, GOOD, "o", "fair to both judges"),
@@ -72,8 +73,8 @@ def _draw_margins(axes: Any, found: Findings) -> None:
     axes.plot([], [], color=GOOD, linewidth=1, label="equal LSC-AND: P(good in both)")
     axes.plot([], [], color=RAW, linewidth=0.8, linestyle="--", label="equal raw sum")
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    axes.set_xlabel(f"{PROPERTIES[0]}: score - reference reward")
-    axes.set_ylabel(f"{PROPERTIES[1]}: score - reference reward")
+    for name, label in zip(PROPERTIES, (axes.set_xlabel, axes.set_ylabel), strict=True):
+        label(f"{name}: (score - reference reward) / {SCALES[name]:g}")
     axes.set_title("A sum lets one property pay for the other; AND does not", fontsize=11)
     axes.legend(loc="lower left", fontsize=8, ncols=2, framealpha=0.9)
 

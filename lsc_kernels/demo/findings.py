@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from .chain import SCALES
 from .data import PROPERTIES, Response, Split
 
+_SCALES = np.array([SCALES[name] for name in PROPERTIES], dtype=np.float32)
 FAILING_GRADE = 1  # of 5: what a judge gives an answer that is no good to him
 
 
@@ -17,7 +19,7 @@ FAILING_GRADE = 1  # of 5: what a judge gives an answer that is no good to him
 class Findings:
     """The rows of a scored file with their grades; rows of one prompt stand together.
 
-    ``scores``, ``references`` and ``margins`` are [rows, properties]; ``margins`` = scores - references.
+    ``scores`` and ``references`` are [rows, properties].
     """
 
     responses: tuple[Response, ...]
@@ -27,13 +29,18 @@ class Findings:
 
     @property
     def margins(self) -> np.ndarray:
-        """How far each score lies above its reference reward."""
-        return self.scores - self.references
+        """z: how far each score lies above its reference reward, in units of its reward model's scale."""
+        return (self.scores - self.references) / _SCALES
 
     @property
     def raw_sum(self) -> np.ndarray:
-        """What people add up who do not centre."""
+        """What people add up who neither centre nor rescale."""
         return self.scores.sum(axis=1)
+
+    @property
+    def rescaled_sum(self) -> np.ndarray:
+        """The sum in equal units, still without a reference."""
+        return (self.scores / _SCALES).sum(axis=1)
 
     @property
     def failing(self) -> np.ndarray:
@@ -50,12 +57,12 @@ class Findings:
     def fooled(self) -> tuple[int, int] | None:
         """(row the raw sum puts first, row LSC-AND puts first) where the raw sum is fooled most, or None.
 
-        Fooled: its first choice fails a judge, and that of LSC-AND does not. Most: where the two margins of
-        its choice are farthest apart.
+        Fooled: its first choice fails a judge, and that of LSC-AND does not. Most: where its choice is
+        least probably good, compared with that of LSC-AND.
         """
         pairs = zip(self.first(self.raw_sum), self.first(self.utility), strict=True)
         cases = [(int(raw), int(lsc)) for raw, lsc in pairs if self.failing[raw] and not self.failing[lsc]]
-        return max(cases, key=lambda case: np.ptp(self.margins[case[0]]), default=None)
+        return max(cases, key=lambda case: self.utility[case[1]] - self.utility[case[0]], default=None)
 
 
 def read(path: Path, split: Split) -> Findings:

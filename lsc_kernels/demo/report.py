@@ -19,7 +19,7 @@ import lsc_kernels as lk
 
 from ..score.summary import ScoreSummary
 from . import train
-from .chain import QUANTILE, Models, References
+from .chain import QUANTILE, SCALES, Models, References
 from .data import PROPERTIES, REFUSAL, Split, conflict
 from .findings import FAILING_GRADE, Findings
 from .speed import EAGER, OURS, Cell, Shape
@@ -71,13 +71,20 @@ class Teller:
         size = sum(p.numel() for p in models.reference.parameters())
         self._say(
             f"A Llama of {size / 1e6:.1f} M parameters learnt to answer: the reference policy. The policy is "
-            "the same one a few steps later. Two copies became reward models, with the Bradley-Terry loss:"
+            "the same one a few steps later. Two copies became reward models, with the Bradley-Terry loss; "
+            "as is common, they do not speak in the same unit:"
         )
-        table = _table("reward model", "trained on", "ranks held-out pairs right", "guessing")
+        table = _table("reward model", "trained on", "unit (scale)", "ranks held-out pairs right", "guessing")
         for name in PROPERTIES:
             model, pairs = models.reward_models[name], held_out.pairs[name]
             accuracy = train.pair_accuracy(model, models.tokenizer, pairs)
-            table.add_row(name, f"{len(split.pairs[name])} pairs", f"{accuracy:.1%} of {len(pairs)}", "50%")
+            table.add_row(
+                name,
+                f"{len(split.pairs[name])} pairs",
+                f"{SCALES[name]:g}",
+                f"{accuracy:.1%} of {len(pairs)}",
+                "50%",
+            )
         self.console.print(table)
 
     def referenced(self, references: References, found: Findings) -> None:
@@ -95,11 +102,13 @@ class Teller:
             table.add_row(name, *(f"{mean:+.2f}" for mean in means), *(f"{share:.0%}" for share in above))
         self.console.print(table)
         harder = (references.canned > references.sampled).float().mean(dim=0).tolist()
+        bars = " and ".join(
+            f"the {'higher' if share > 0.5 else 'lower'} bar for {name} ({max(share, 1 - share):.0%} of requests)"
+            for share, name in zip(harder, PROPERTIES, strict=True)
+        )
         self._say(
-            "Share of requests where the refusal is the higher bar: "
-            + ", ".join(f"{share:.0%} for {name}" for share, name in zip(harder, PROPERTIES, strict=True))
-            + ". Samples ask for what this policy can do. A refusal is useless but safe: it asks nothing of "
-            "one judge and much of the other. From here on: samples."
+            f"The refusal is {bars}. Samples ask for what this policy can do, whatever the request; a refusal "
+            "asks for what one fixed sentence is worth. From here on: samples."
         )
 
     def scored(self, summary: ScoreSummary, found: Findings, references: References) -> None:
@@ -107,7 +116,7 @@ class Teller:
         self._head(f"4  `lsc-kernels score` on {summary.rows} held-out answers", summary.seconds)
         above = found.margins > 0
         alone = " and ".join(f"{n} {name}" for n, name in zip(above.sum(axis=0), PROPERTIES, strict=True))
-        typical = (found.scores > _per_row(references.median, found)).all(axis=1).sum()
+        typical = (found.scores > _per_row(references.typical, found)).all(axis=1).sum()
         self._say(
             f"Good in the sense of both: {above.all(axis=1).sum()} answers ({alone} taken alone). "
             f"{typical} beat the policy's median sample in both."
@@ -118,11 +127,13 @@ class Teller:
             f"The policy has moved {summary.kl_per_token:.4f} nats per token from its reference, "
             f"{summary.kl_per_sequence:.2f} per answer (exact KL)."
         )
-        raw, lsc = (found.failing[found.first(by)] for by in (found.raw_sum, found.utility))
+        raw, rescaled, lsc = (
+            found.failing[found.first(by)].sum() for by in (found.raw_sum, found.rescaled_sum, found.utility)
+        )
         self._say(
-            f"For each of the {len(raw)} requests, take the answer that ranks first. Ranked by the raw sum "
-            f"of scores, [bold]{raw.sum()}[/] of these fail one of the judges (grade 0 or {FAILING_GRADE} "
-            f"of 5); ranked by LSC-AND, [bold]{lsc.sum()}[/]."
+            f"For each of the {len(references.samples)} requests, take the answer that ranks first. Ranked "
+            f"by the raw sum of scores, [bold]{raw}[/] of these fail one of the judges (grade 0 or "
+            f"{FAILING_GRADE} of 5); by the sum in equal units, {rescaled}; by LSC-AND, [bold]{lsc}[/]."
         )
         self._fooled(found)
 
@@ -133,12 +144,15 @@ class Teller:
             return
         self._say(f"Where the raw sum is fooled most: [bold]{_request(found.responses[case[0]].prompt)}[/]")
         for rule, row in zip(("raw sum", "LSC-AND"), case, strict=True):
-            margins = ", ".join(
-                f"{name} {margin:+.1f}" for name, margin in zip(PROPERTIES, found.margins[row], strict=True)
+            scores = ", ".join(
+                f"{name} {score:+.1f} (reference {reference:+.1f})"
+                for name, score, reference in zip(
+                    PROPERTIES, found.scores[row], found.references[row], strict=True
+                )
             )
             self._say(
-                f"  {rule} ranks first: {margins} from the reference; raw sum {found.raw_sum[row]:+.1f}; "
-                f"good in both with probability {np.exp(found.utility[row]):.1%}"
+                f"  {rule} ranks first: {scores}; raw sum {found.raw_sum[row]:+.1f}, "
+                f"P(good in both) {np.exp(found.utility[row]):.2g}"
             )
             self.console.print(Padding(Text(found.responses[row].response.strip(), "italic"), (0, 0, 0, 4)))
 
@@ -170,8 +184,8 @@ class Teller:
         """Where everything is, and how to do it again by hand."""
         self._head(f"Done in {seconds:.0f} s")
         self._say(
-            f"{out}/ holds demo.png, the models, held_out.jsonl, rewards.parquet and speed.json. "
-            "The same scoring run by hand:"
+            f"{out}/ holds demo.png, the four models, held_out.jsonl, samples.jsonl, rewards.parquet and "
+            "speed.json. The same scoring run by hand:"
         )
         self.console.print(command, markup=False, soft_wrap=True)
 

@@ -52,8 +52,8 @@ def tell(options: Options) -> int:
             references = chain.find_references(models, held_out, size, say)
 
         folders = models.save(options.out)
-        chain.write_rows(options.out / "held_out.jsonl", held_out, references)
-        config = _scoring(options.out, folders)
+        rows = chain.write_rows(options.out, held_out, references)
+        config = _scoring(options.out, folders, rows)
         with teller.stage() as say:
             say("lsc-kernels score")
             summary = score(config, progress=False)
@@ -81,20 +81,23 @@ def command(config: ScoreConfig) -> str:
     words += ["--names", ",".join(config.names or ())]
     for rule in map(str, config.references()):
         words += ["--reference", rule]
+    words += ["--scale", ",".join(f"{scale:g}" for scale in config.numbers("scale"))]
     words += ["--kl", config.kl, "--out", Path(config.out).with_name("again.parquet")]
     return shlex.join(map(str, words))
 
 
-def _scoring(out: Path, folders: dict[str, Path]) -> ScoreConfig:
+def _scoring(out: Path, folders: dict[str, Path], rows: Path) -> ScoreConfig:
+    from . import chain
     from .data import PROPERTIES
 
     return ScoreConfig(
-        data=out / "held_out.jsonl",
+        data=rows,
         policy=folders["policy"],
         ref=folders["reference"],
         reward_models=[folders[name] for name in PROPERTIES],
         names=PROPERTIES,
         reference=[f"column:reference_{name}" for name in PROPERTIES],
+        scale=[chain.SCALES[name] for name in PROPERTIES],
         kl="full",  # the responses were not sampled from the policy, so the estimators would be biased
         out=out / "rewards.parquet",
         overwrite=True,

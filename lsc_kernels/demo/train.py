@@ -92,13 +92,15 @@ def train_reward_model(
     *,
     epochs: int,
     learning_rate: float,
+    scale: float = 1.0,
     batch_size: int = 16,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> None:
-    """Bradley-Terry: the mean of -log sigmoid(score of the chosen - score of the rejected).
+    """Bradley-Terry: the mean of -log sigmoid((score of the chosen - score of the rejected) / scale).
 
     That is minus the LSC transform of the chosen score with the rejected one as its reference reward.
+    ``scale`` is the temperature, and so the unit in which this model's scores come out.
     """
     limit = model.config.max_position_embeddings
     chosen = [encode(tokenizer, p.prompt, p.chosen, limit, end=False)[0] for p in pairs]
@@ -107,7 +109,7 @@ def train_reward_model(
     def loss(rows: list[int]) -> Tensor:
         both = [chosen[i] for i in rows] + [rejected[i] for i in rows]
         better, worse = _scores(model, *pad(both, tokenizer.pad_token_id, model.device)).chunk(2)
-        return -lk.lsc_transform(better, worse).mean()
+        return -lk.lsc_transform(better, worse, scale=scale).mean()
 
     lengths = [max(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
     _optimise(model, lengths, loss, epochs, learning_rate, batch_size, seed, progress)
