@@ -60,7 +60,7 @@ def check_against_fp64(
 ) -> None:
     """Values and gradients, against the same function in fp64 on the same inputs.
 
-    A gradient may be off by ``rtol`` of its largest element (sums over a broadcast may cancel) and one rounding.
+    A gradient may be off by one rounding and ``rtol`` of its largest element: sums over a broadcast cancel.
     """
     value, gradients = with_gradients(function, upstream, inputs)
     exact = [None if tensor is None else tensor.double() for tensor in inputs]

@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from _modes import compile_once, needs_native
+from _reward_side import (
+    DTYPES,
+    check_against_fp64,
+    instruction_set,
+    instruction_sets,
+    relative_error,
+    with_gradients,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 import lsc_kernels as lk
-from _modes import compile_once, needs_native
-from _reward_side import DTYPES, check_against_fp64, instruction_set, instruction_sets, relative_error, with_gradients
 
 PROMISE = 1e-5
 
@@ -34,7 +41,9 @@ def test_values(backend: str, generator: Generator, properties: int) -> None:
     weights = torch.rand(properties, generator=generator)
     for name in instruction_sets(backend):
         with instruction_set(name):
-            assert relative_error(lk.aggregate_rewards(scores, reference), by_hand(scores, reference)) <= PROMISE
+            assert (
+                relative_error(lk.aggregate_rewards(scores, reference), by_hand(scores, reference)) <= PROMISE
+            )
             weighted = lk.aggregate_rewards(scores, 0.5, weights=weights)
         assert relative_error(weighted, by_hand(scores, 0.5, weights)) <= PROMISE
 
@@ -60,14 +69,26 @@ def test_gradcheck(generator: Generator) -> None:
     )
 
 
-SHAPES = [((6, 3), (3,), (3,), (3,)), ((6, 3), (), (), (6, 1)), ((6, 3), (6, 3), (6, 3), (6, 3)), ((2, 5, 3), (2, 1, 3), (), (3,)),
-          ((2, 1, 3), (4, 3), (1,), ()), ((3,), (3,), (), (3,)), ((3,), (5, 3), (), ()), ((6, 1), (1,), (6, 1), (1,)), ((0, 3), (3,), (3,), (3,)),
-          ((40, 2), (2,), (40, 1), (2,)), ((3, 300), (300,), (3, 1), (300,))]  # fmt: skip
+SHAPES = [
+    ((6, 3), (3,), (3,), (3,)),
+    ((6, 3), (), (), (6, 1)),
+    ((6, 3), (6, 3), (6, 3), (6, 3)),
+    ((2, 5, 3), (2, 1, 3), (), (3,)),
+    ((2, 1, 3), (4, 3), (1,), ()),
+    ((3,), (3,), (), (3,)),
+    ((3,), (5, 3), (), ()),
+    ((6, 1), (1,), (6, 1), (1,)),
+    ((0, 3), (3,), (3,), (3,)),
+    ((40, 2), (2,), (40, 1), (2,)),
+    ((3, 300), (300,), (3, 1), (300,)),
+]
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("missing", ["propagate", "ignore"])
-def test_broadcasting(backend: str, generator: Generator, shapes: tuple[tuple[int, ...], ...], missing: str) -> None:
+def test_broadcasting(
+    backend: str, generator: Generator, shapes: tuple[tuple[int, ...], ...], missing: str
+) -> None:
     scores, reference, scale, weights = (torch.randn(shape, generator=generator) for shape in shapes)
     scores, scale = scores * 5, scale.exp()
     if scores.numel() > 4:
@@ -92,14 +113,19 @@ def test_dtypes(backend: str, generator: Generator, dtype: torch.dtype, weights_
     weights = torch.rand(3, generator=generator).to(weights_dtype)
     upstream = torch.randn(50, generator=generator)
     check_against_fp64(
-        lambda r, ref, w: lk.aggregate_rewards(r, ref, weights=w), upstream, [scores, reference, weights], 3e-6
+        lambda r, ref, w: lk.aggregate_rewards(r, ref, weights=w),
+        upstream,
+        [scores, reference, weights],
+        3e-6,
     )
 
 
 def test_weight_zero_counts_for_nothing(backend: str) -> None:
     scores = torch.tensor([[1.0, -torch.inf], [1.0, torch.nan], [torch.nan, 2.0]])
     weights = torch.tensor([0.5, 0.0])
-    value, (to_scores,) = with_gradients(lambda r: lk.aggregate_rewards(r, 0.0, weights=weights), torch.ones(3), [scores])
+    value, (to_scores,) = with_gradients(
+        lambda r: lk.aggregate_rewards(r, 0.0, weights=weights), torch.ones(3), [scores]
+    )
     half = 0.5 * math.log(1 / (1 + math.exp(-1)))
     assert value[:2].tolist() == pytest.approx([half, half], rel=PROMISE) and value[2].isnan()
     assert to_scores is not None and to_scores[:, 1].tolist() == [0.0, 0.0, 0.0]
@@ -185,12 +211,20 @@ def test_modes(backend: str, generator: Generator) -> None:
 def test_compile(backend: str, generator: Generator) -> None:
     reference, weights = (torch.rand(3, generator=generator) for _ in range(2))
     calls = [
-        (torch.randn(n, 3, generator=generator).requires_grad_(), *(t.clone().requires_grad_() for t in (reference, weights)))
+        (
+            torch.randn(n, 3, generator=generator).requires_grad_(),
+            *(t.clone().requires_grad_() for t in (reference, weights)),
+        )
         for n in (4, 7, 5)
     ]
-    compile_once(lambda r, ref, w: [lk.aggregate_rewards(r, ref, weights=w, missing="ignore", names=["a", "b", "c"])], calls)
+    compile_once(
+        lambda r, ref, w: [lk.aggregate_rewards(r, ref, weights=w, missing="ignore", names=["a", "b", "c"])],
+        calls,
+    )
     torch._dynamo.reset()
-    checked = torch.compile(lambda r: lk.aggregate_rewards(r, 0.0, missing="raise"), fullgraph=True, backend="aot_eager")
+    checked = torch.compile(
+        lambda r: lk.aggregate_rewards(r, 0.0, missing="raise"), fullgraph=True, backend="aot_eager"
+    )
     checked(torch.zeros(2, 2))
     with pytest.raises(RuntimeError, match="scores has NaN"):
         checked(torch.tensor([[0.0, torch.nan]]))
@@ -202,37 +236,94 @@ def test_opcheck(generator: Generator) -> None:
     scores, upstream = torch.randn(4, 3, generator=generator), torch.randn(4, generator=generator)
     column = torch.rand(3, generator=generator)
     ops = torch.ops.lsc_kernels
-    for operands in ((None, 0.5, None, 2.0, None, 0.1, None, True), (column, 0.0, column, 0.0, column / 2, 0.0, column, False)):
+    for operands in (
+        (None, 0.5, None, 2.0, None, 0.1, None, True),
+        (column, 0.0, column, 0.0, column / 2, 0.0, column, False),
+    ):
         torch.library.opcheck(ops.aggregate_rewards_forward, (scores, *operands))
         for wanted in ((False, False, False), (True, True, True)):
-            torch.library.opcheck(ops.aggregate_rewards_backward, (upstream, scores.half(), *operands, *wanted))
+            torch.library.opcheck(
+                ops.aggregate_rewards_backward, (upstream, scores.half(), *operands, *wanted)
+            )
 
 
 S = torch.zeros(2, 3)
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: lk.aggregate_rewards([[1.0]], 0.0), TypeError, "scores must be a tensor; got list"),  # type: ignore[arg-type]
+    (lambda: lk.aggregate_rewards([[1.0]], 0.0), TypeError, "scores must be a tensor; got list"),
     (lambda: lk.aggregate_rewards(S.long(), 0.0), TypeError, "scores must be float32.*got torch.int64"),
-    (lambda: lk.aggregate_rewards(torch.tensor(1.0), 0.0), ValueError, r"scores must be \[..., K\]; got a scalar"),
+    (
+        lambda: lk.aggregate_rewards(torch.tensor(1.0), 0.0),
+        ValueError,
+        r"scores must be \[..., K\]; got a scalar",
+    ),
     (lambda: lk.aggregate_rewards(torch.zeros(4, 0), 0.0), ValueError, "scores must be .* K > 0"),
-    (lambda: lk.aggregate_rewards(S, 0.0, formula="a & b"), ValueError, "formula: this version has only None"),
-    (lambda: lk.aggregate_rewards(S, 0.0, names=["a", "b"]), ValueError, "names must have K = 3 entries.*got 2"),
+    (
+        lambda: lk.aggregate_rewards(S, 0.0, formula="a & b"),
+        ValueError,
+        "formula: this version has only None",
+    ),
+    (
+        lambda: lk.aggregate_rewards(S, 0.0, names=["a", "b"]),
+        ValueError,
+        "names must have K = 3 entries.*got 2",
+    ),
     (lambda: lk.aggregate_rewards(S, 0.0, names=["a", "b", "a"]), ValueError, "names must differ"),
     (lambda: lk.aggregate_rewards(S, 0.0, names="abc"), TypeError, "names must be a sequence of strings"),
-    (lambda: lk.aggregate_rewards(S, 0.0, names=["a", "b", 3]), TypeError, "names must be a sequence of strings"),  # type: ignore[list-item]
-    (lambda: lk.aggregate_rewards(S, 0.0, missing="drop"), ValueError, "missing must be one of propagate, ignore, raise; got 'drop'"),
-    (lambda: lk.aggregate_rewards(S.to("meta"), 0.0, missing="raise"), ValueError, "missing='raise' .* CPU only; got scores on meta"),
-    (lambda: lk.aggregate_rewards(S, 0.0, weights=[1.0, 1.0, 1.0]), TypeError, "weights must be a tensor; got list"),  # type: ignore[arg-type]
+    (
+        lambda: lk.aggregate_rewards(S, 0.0, names=["a", "b", 3]),
+        TypeError,
+        "names must be a sequence of strings",
+    ),
+    (
+        lambda: lk.aggregate_rewards(S, 0.0, missing="drop"),
+        ValueError,
+        "missing must be one of propagate, ignore, raise; got 'drop'",
+    ),
+    (
+        lambda: lk.aggregate_rewards(S.to("meta"), 0.0, missing="raise"),
+        ValueError,
+        "missing='raise' .* CPU only; got scores on meta",
+    ),
+    (
+        lambda: lk.aggregate_rewards(S, 0.0, weights=[1.0, 1.0, 1.0]),
+        TypeError,
+        "weights must be a tensor; got list",
+    ),
     (lambda: lk.aggregate_rewards(S, 0.0, weights=torch.ones(3).int()), TypeError, "weights must be float32"),
-    (lambda: lk.aggregate_rewards(S, 0.0, weights=torch.ones(2)), ValueError, "weights must broadcast against scores"),
-    (lambda: lk.aggregate_rewards(S, 0.0, weights=torch.ones(3, device="meta")), ValueError, "weights must be on the device of scores"),
-    (lambda: lk.aggregate_rewards(S, torch.zeros(2)), ValueError, r"reference_reward must broadcast against scores, \[2, 3\]; got \[2\]"),
-    (lambda: lk.aggregate_rewards(S, None), TypeError, "reference_reward must be a float or a tensor"),  # type: ignore[arg-type]
-    (lambda: lk.aggregate_rewards(S[:, :1], torch.zeros(3)), ValueError, "scores must have one column per property"),
+    (
+        lambda: lk.aggregate_rewards(S, 0.0, weights=torch.ones(2)),
+        ValueError,
+        "weights must broadcast against scores",
+    ),
+    (
+        lambda: lk.aggregate_rewards(S, 0.0, weights=torch.ones(3, device="meta")),
+        ValueError,
+        "weights must be on the device of scores",
+    ),
+    (
+        lambda: lk.aggregate_rewards(S, torch.zeros(2)),
+        ValueError,
+        r"reference_reward must broadcast against scores, \[2, 3\]; got \[2\]",
+    ),
+    (lambda: lk.aggregate_rewards(S, None), TypeError, "reference_reward must be a float or a tensor"),
+    (
+        lambda: lk.aggregate_rewards(S[:, :1], torch.zeros(3)),
+        ValueError,
+        "scores must have one column per property",
+    ),
     (lambda: lk.aggregate_rewards(S, 0.0, scale=0.0), ValueError, "scale must be finite and > 0; got 0"),
-    (lambda: lk.aggregate_rewards(S, 0.0, scale=torch.tensor([1.0, -1.0, 1.0])), ValueError, "scale must be finite and > 0; got -1"),
+    (
+        lambda: lk.aggregate_rewards(S, 0.0, scale=torch.tensor([1.0, -1.0, 1.0])),
+        ValueError,
+        "scale must be finite and > 0; got -1",
+    ),
     (lambda: lk.aggregate_rewards(S, 0.0, floor=1.0), ValueError, r"floor must be in \[0, 1\); got 1.0"),
-    (lambda: lk.aggregate_rewards(S, 0.0, floor=torch.zeros(3, requires_grad=True)), ValueError, "floor has no gradient"),
-]  # fmt: skip
+    (
+        lambda: lk.aggregate_rewards(S, 0.0, floor=torch.zeros(3, requires_grad=True)),
+        ValueError,
+        "floor has no gradient",
+    ),
+]
 
 
 @pytest.mark.parametrize("call, error, message", BAD)

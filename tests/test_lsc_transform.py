@@ -8,11 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Generator, Tensor
-
-import lsc_kernels as lk
 from _modes import compile_once, needs_native
 from _reward_side import (
     DTYPES,
@@ -23,6 +18,11 @@ from _reward_side import (
     relative_error,
     with_gradients,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator, Tensor
+
+import lsc_kernels as lk
 
 PROMISE = 4e-7
 FLOORS = (0.0, 0.05, 0.5, 0.999, 1e-6, 1e-30, 1e-300)
@@ -31,7 +31,9 @@ FLOORS = (0.0, 0.05, 0.5, 0.999, 1e-6, 1e-30, 1e-300)
 def every_z() -> Tensor:
     """Bit patterns all over fp32, subnormals included, and the range where u changes its form, densely."""
     patterns = torch.arange(1, 0x7F800000, 40009, dtype=torch.int64).to(torch.int32).view(torch.float32)
-    positive = torch.cat([torch.zeros(1), patterns, torch.linspace(0, 110, 20001), torch.linspace(0, 2, 10001)])
+    positive = torch.cat(
+        [torch.zeros(1), patterns, torch.linspace(0, 110, 20001), torch.linspace(0, 2, 10001)]
+    )
     return torch.cat([positive, -positive])
 
 
@@ -53,7 +55,9 @@ def test_accuracy_for_every_z(backend: str, floor: float) -> None:
     u, slope = exact(z.double(), floor)
     for name in instruction_sets(backend):
         with instruction_set(name):
-            got, (got_slope,) = with_gradients(lambda r: lk.lsc_transform(r, 0.0, floor=floor), torch.ones_like(z), [z])
+            got, (got_slope,) = with_gradients(
+                lambda r: lk.lsc_transform(r, 0.0, floor=floor), torch.ones_like(z), [z]
+            )
         assert relative_error(got, u) <= PROMISE, name
         assert got_slope is not None and relative_error(got_slope, slope) <= PROMISE, name
         assert (got <= 0).all() and (got_slope >= 0).all() and (got_slope <= 1).all()
@@ -61,7 +65,9 @@ def test_accuracy_for_every_z(backend: str, floor: float) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 0.7, 3.0])
 @pytest.mark.parametrize("floor", [0.0, 0.05])
-def test_the_difference_is_not_rounded(backend: str, generator: Generator, scale: float, floor: float) -> None:
+def test_the_difference_is_not_rounded(
+    backend: str, generator: Generator, scale: float, floor: float
+) -> None:
     """u is about -e^-z for large z, so a z that was rounded to fp32 shows: an ulp of 80 is 8e-6."""
     reward = torch.randn(4000, generator=generator) * 30
     elementwise = torch.randn(4000, generator=generator) * 30
@@ -85,10 +91,14 @@ def test_the_difference_is_not_rounded(backend: str, generator: Generator, scale
 def test_ends(backend: str) -> None:
     ends = torch.tensor([-torch.inf, torch.inf, torch.nan])
     for floor in (0.0, 0.25, torch.tensor([0.0, 0.0, 0.25])):
-        got, (slope,) = with_gradients(lambda r, f=floor: lk.lsc_transform(r, 0.0, floor=f), torch.ones(3), [ends])
+        got, (slope,) = with_gradients(
+            lambda r, f=floor: lk.lsc_transform(r, 0.0, floor=f), torch.ones(3), [ends]
+        )
         lowest = math.log(floor) if isinstance(floor, float) and floor > 0 else -math.inf
         assert slope is not None
-        assert got[0].item() == pytest.approx(lowest) and slope[0].item() == (1.0 if lowest == -math.inf else 0.0)
+        assert got[0].item() == pytest.approx(lowest) and slope[0].item() == (
+            1.0 if lowest == -math.inf else 0.0
+        )
         assert got[1].item() == 0.0 and slope[1].item() == 0.0
         assert got[2].isnan() and slope[2].isnan()
 
@@ -115,16 +125,31 @@ def test_gradcheck(generator: Generator, floor: float | Tensor) -> None:
     assert torch.autograd.gradcheck(lambda r, ref, s: lk.lsc_transform(r, ref, scale=s, floor=floor), inputs)
 
 
-SHAPES = [((5, 3), (), ()), ((5, 3), (3,), (3,)), ((5, 3), (5, 1), (5, 3)), ((3,), (5, 3), ()), ((2, 1, 3), (4, 1), (1,)),
-          ((), (), ()), ((), (3,), ()), ((7,), (7,), (7,)), ((0, 3), (3,), ()), ((4, 0), (), (4, 1)), ((300, 2), (2,), (2,)),
-          ((2, 700), (700,), (700,)), ((1, 3), (3,), ())]  # fmt: skip
+SHAPES = [
+    ((5, 3), (), ()),
+    ((5, 3), (3,), (3,)),
+    ((5, 3), (5, 1), (5, 3)),
+    ((3,), (5, 3), ()),
+    ((2, 1, 3), (4, 1), (1,)),
+    ((), (), ()),
+    ((), (3,), ()),
+    ((7,), (7,), (7,)),
+    ((0, 3), (3,), ()),
+    ((4, 0), (), (4, 1)),
+    ((300, 2), (2,), (2,)),
+    ((2, 700), (700,), (700,)),
+    ((1, 3), (3,), ()),
+]
 
 
 @pytest.mark.parametrize("reward_shape, reference_shape, scale_shape", SHAPES)
 def test_broadcasting(
-    backend: str, generator: Generator, reward_shape: tuple[int, ...], reference_shape: tuple[int, ...],
+    backend: str,
+    generator: Generator,
+    reward_shape: tuple[int, ...],
+    reference_shape: tuple[int, ...],
     scale_shape: tuple[int, ...],
-) -> None:  # fmt: skip
+) -> None:
     reward = torch.randn(reward_shape, generator=generator) * 4
     reference = torch.randn(reference_shape, generator=generator)
     scale = torch.rand(scale_shape, generator=generator) + 0.5
@@ -132,7 +157,10 @@ def test_broadcasting(
     upstream = torch.randn(shape, generator=generator)
     for floor in (0.0, torch.rand(shape, generator=generator)):
         check_against_fp64(
-            lambda r, ref, s, f=floor: lk.lsc_transform(r, ref, scale=s, floor=f), upstream, [reward, reference, scale], 1e-6
+            lambda r, ref, s, f=floor: lk.lsc_transform(r, ref, scale=s, floor=f),
+            upstream,
+            [reward, reference, scale],
+            1e-6,
         )
 
 
@@ -158,7 +186,9 @@ def test_any_strides(backend: str, generator: Generator) -> None:
     reward, reference = (torch.randn(6, 5, generator=generator) for _ in range(2))
     upstream = torch.randn(6, 5, generator=generator).mT.contiguous().mT
     for strided_reward, strided_reference in zip(layouts(reward), layouts(reference), strict=True):
-        plain = with_gradients(lk.lsc_transform, upstream, [strided_reward.contiguous(), strided_reference.contiguous()])
+        plain = with_gradients(
+            lk.lsc_transform, upstream, [strided_reward.contiguous(), strided_reference.contiguous()]
+        )
         before = strided_reward.clone()
         value = lk.lsc_transform(strided_reward, strided_reference)
         assert torch.equal(value, plain[0]) and torch.equal(strided_reward, before)
@@ -215,7 +245,10 @@ def test_modes(backend: str, generator: Generator) -> None:
 
 def test_compile(backend: str, generator: Generator) -> None:
     reference = torch.randn(3, generator=generator)
-    calls = [(torch.randn(n, 3, generator=generator).requires_grad_(), reference.clone().requires_grad_()) for n in (4, 7, 5)]
+    calls = [
+        (torch.randn(n, 3, generator=generator).requires_grad_(), reference.clone().requires_grad_())
+        for n in (4, 7, 5)
+    ]
     compile_once(lambda r, ref: [lk.lsc_transform(r, ref, scale=2.0, floor=0.1)], calls)
     compile_once(lambda r, ref: [lk.lsc_transform(r, 0.5) + ref.sum()], calls)
 
@@ -233,25 +266,61 @@ def test_opcheck(generator: Generator) -> None:
 
 R = torch.zeros(2, 3)
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: lk.lsc_transform([1.0], 0.0), TypeError, "reward must be a tensor; got list"),  # type: ignore[arg-type]
+    (lambda: lk.lsc_transform([1.0], 0.0), TypeError, "reward must be a tensor; got list"),
     (lambda: lk.lsc_transform(R.long(), 0.0), TypeError, "reward must be float32.*got torch.int64"),
-    (lambda: lk.lsc_transform(R, None), TypeError, "reference_reward must be a float or a tensor; got NoneType"),  # type: ignore[arg-type]
+    (
+        lambda: lk.lsc_transform(R, None),
+        TypeError,
+        "reference_reward must be a float or a tensor; got NoneType",
+    ),
     (lambda: lk.lsc_transform(R, True), TypeError, "reference_reward must be a float or a tensor; got bool"),
     (lambda: lk.lsc_transform(R, R.int()), TypeError, "reference_reward must be float32.*got torch.int32"),
     (lambda: lk.lsc_transform(R, math.nan), ValueError, "reference_reward must be finite; got nan"),
     (lambda: lk.lsc_transform(R, math.inf), ValueError, "reference_reward must be finite; got inf"),
-    (lambda: lk.lsc_transform(R, torch.zeros(4)), ValueError, r"reference_reward must broadcast against reward, \[2, 3\]; got \[4\]"),
+    (
+        lambda: lk.lsc_transform(R, torch.zeros(4)),
+        ValueError,
+        r"reference_reward must broadcast against reward, \[2, 3\]; got \[4\]",
+    ),
     (lambda: lk.lsc_transform(R, 0.0, scale=torch.ones(2)), ValueError, "scale must broadcast"),
     (lambda: lk.lsc_transform(R, 0.0, floor=torch.zeros(2)), ValueError, "floor must broadcast"),
-    (lambda: lk.lsc_transform(R, torch.zeros(3, device="meta")), ValueError, "reference_reward must be on cpu; got meta"),
-    (lambda: lk.lsc_transform(R, 0.0, scale="1"), TypeError, "scale must be a float or a tensor; got str"),  # type: ignore[arg-type]
-    *((lambda s=s: lk.lsc_transform(R, 0.0, scale=s), ValueError, "scale must be finite and > 0; got") for s in (0.0, -1, math.nan, math.inf)),
-    *((lambda s=s: lk.lsc_transform(R, 0.0, scale=torch.tensor([1.0, s, 2.0])), ValueError, "scale must be finite and > 0; got") for s in (0.0, -1.0, math.nan, math.inf)),
-    *((lambda f=f: lk.lsc_transform(R, 0.0, floor=f), ValueError, r"floor must be in \[0, 1\); got") for f in (-0.1, 1.0, 2, math.nan)),
-    *((lambda f=f: lk.lsc_transform(R, 0.0, floor=torch.tensor([0.5, f, 0.0])), ValueError, r"floor must be in \[0, 1\); got") for f in (-0.1, 1.0, math.nan)),
-    (lambda: lk.lsc_transform(R, 0.0, floor=torch.zeros(3, requires_grad=True)), ValueError, "floor has no gradient"),
-    (lambda: lk.lsc_transform(R, 0.0, 1.0), TypeError, "positional"),  # type: ignore[misc]
-]  # fmt: skip
+    (
+        lambda: lk.lsc_transform(R, torch.zeros(3, device="meta")),
+        ValueError,
+        "reference_reward must be on cpu; got meta",
+    ),
+    (lambda: lk.lsc_transform(R, 0.0, scale="1"), TypeError, "scale must be a float or a tensor; got str"),
+    *(
+        (lambda s=s: lk.lsc_transform(R, 0.0, scale=s), ValueError, "scale must be finite and > 0; got")
+        for s in (0.0, -1, math.nan, math.inf)
+    ),
+    *(
+        (
+            lambda s=s: lk.lsc_transform(R, 0.0, scale=torch.tensor([1.0, s, 2.0])),
+            ValueError,
+            "scale must be finite and > 0; got",
+        )
+        for s in (0.0, -1.0, math.nan, math.inf)
+    ),
+    *(
+        (lambda f=f: lk.lsc_transform(R, 0.0, floor=f), ValueError, r"floor must be in \[0, 1\); got")
+        for f in (-0.1, 1.0, 2, math.nan)
+    ),
+    *(
+        (
+            lambda f=f: lk.lsc_transform(R, 0.0, floor=torch.tensor([0.5, f, 0.0])),
+            ValueError,
+            r"floor must be in \[0, 1\); got",
+        )
+        for f in (-0.1, 1.0, math.nan)
+    ),
+    (
+        lambda: lk.lsc_transform(R, 0.0, floor=torch.zeros(3, requires_grad=True)),
+        ValueError,
+        "floor has no gradient",
+    ),
+    (lambda: lk.lsc_transform(R, 0.0, 1.0), TypeError, "positional"),
+]
 
 
 @pytest.mark.parametrize("call, error, message", BAD)

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from _modes import compile_once, needs_native
+from _reward_side import DTYPES, check_against_fp64, instruction_set, instruction_sets, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 import lsc_kernels as lk
-from _modes import compile_once, needs_native
-from _reward_side import DTYPES, check_against_fp64, instruction_set, instruction_sets, with_gradients
 
-# fp32 sums of H products, each rounded once: |error| <= eps/2 times a few times sum |h w|, here of size 1 per term
+# fp32 sums of H products, each rounded once, here of size 1 per term
 RTOL = 3e-6
 
 MASKS = {
@@ -40,8 +40,20 @@ def last_nonzero(mask: list[list[int]]) -> list[int | None]:
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16,
-                                        torch.bfloat16, torch.float32, torch.float64])  # fmt: skip
+@pytest.mark.parametrize(
+    "mask_dtype",
+    [
+        torch.bool,
+        torch.uint8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ],
+)
 def test_position_from_mask(
     backend: str, generator: Generator, mask: list[list[int]], mask_dtype: torch.dtype
 ) -> None:
@@ -92,11 +104,15 @@ def test_every_position(backend: str, generator: Generator, shape: tuple[int, ..
     hidden, weight = torch.randn(shape, generator=generator), torch.randn(2, 33, generator=generator)
     bias = torch.randn(2, generator=generator)
     upstream = torch.randn((*shape[:-1], 2), generator=generator)
-    check_against_fp64(lambda h, w, b: lk.reward_head(h, w, b, pool="none"), upstream, [hidden, weight, bias], RTOL * 10)
+    check_against_fp64(
+        lambda h, w, b: lk.reward_head(h, w, b, pool="none"), upstream, [hidden, weight, bias], RTOL * 10
+    )
     counted = torch.rand(shape[:-1], generator=generator) < 0.5
     hidden = torch.where(counted.unsqueeze(-1), hidden, torch.nan)
     scores, gradients = with_gradients(
-        lambda h, w, b: lk.reward_head(h, w, b, attention_mask=counted, pool="none"), upstream, [hidden, weight, bias]
+        lambda h, w, b: lk.reward_head(h, w, b, attention_mask=counted, pool="none"),
+        upstream,
+        [hidden, weight, bias],
     )
     expected = torch.where(counted.unsqueeze(-1), hidden.nan_to_num() @ weight.T + bias, 0.0)
     torch.testing.assert_close(scores, expected, rtol=RTOL, atol=RTOL * 10)
@@ -111,10 +127,14 @@ def test_width_and_properties(backend: str, generator: Generator, width: int) ->
     for properties in (1, 3, 17):
         hidden = torch.randn(3, 5, width, generator=generator)
         weight = torch.randn(properties, width, generator=generator)
-        bias, upstream = (torch.randn(shape, generator=generator) for shape in ((properties,), (3, properties)))
+        bias, upstream = (
+            torch.randn(shape, generator=generator) for shape in ((properties,), (3, properties))
+        )
         for name in instruction_sets(backend):
             with instruction_set(name):
-                value, _ = with_gradients(lambda h, w: lk.reward_head(h, w, attention_mask=mask), upstream, [hidden, weight])
+                value, _ = with_gradients(
+                    lambda h, w: lk.reward_head(h, w, attention_mask=mask), upstream, [hidden, weight]
+                )
                 truth = by_hand(hidden, weight, [2, 4, 3])
                 size = hidden.abs().amax(1).double() @ weight.abs().double().T  # bounds sum |h w|
                 assert ((value.double() - truth).abs() <= 1e-6 * size).all()
@@ -151,13 +171,17 @@ def test_gradcheck(generator: Generator) -> None:
         tensor.requires_grad_()
     mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [0, 1, 0, 0]])
     assert torch.autograd.gradcheck(lambda h, w, b: lk.reward_head(h, w, b, attention_mask=mask), inputs)
-    assert torch.autograd.gradcheck(lambda h, w, b: lk.reward_head(h, w, b, attention_mask=mask, pool="none"), inputs)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: lk.reward_head(h, w, b, attention_mask=mask, pool="none"), inputs
+    )
 
 
 def test_gradient_is_zero_but_where_it_was_read(backend: str, generator: Generator) -> None:
     hidden, weight = torch.randn(3, 5, 8, generator=generator), torch.randn(2, 8, generator=generator)
     index = torch.tensor([0, 4, 2])
-    _, (to_hidden, _) = with_gradients(lambda h, w: lk.reward_head(h, w, index=index), torch.ones(3, 2), [hidden, weight])
+    _, (to_hidden, _) = with_gradients(
+        lambda h, w: lk.reward_head(h, w, index=index), torch.ones(3, 2), [hidden, weight]
+    )
     assert to_hidden is not None
     read = torch.zeros(3, 5, dtype=torch.bool)
     read[torch.arange(3), index] = True
@@ -170,7 +194,9 @@ def test_nothing_counted(backend: str, generator: Generator, dtype: torch.dtype)
     hidden[0] = torch.nan
     mask = torch.tensor([[0, 0, 0], [1, 1, 0]])
     scores, (to_hidden, to_weight, to_bias) = with_gradients(
-        lambda h, w, b: lk.reward_head(h, w, b, attention_mask=mask), torch.ones(2, 2), [hidden, weight, torch.zeros(2)]
+        lambda h, w, b: lk.reward_head(h, w, b, attention_mask=mask),
+        torch.ones(2, 2),
+        [hidden, weight, torch.zeros(2)],
     )
     assert scores[0].isnan().all() and scores[1].isfinite().all()
     assert to_hidden is not None and to_weight is not None and to_bias is not None
@@ -205,7 +231,13 @@ def test_empty(backend: str, shape: tuple[int, ...]) -> None:
 def test_any_strides(backend: str, generator: Generator) -> None:
     base, weight = torch.randn(4, 6, 24, generator=generator), torch.randn(2, 24, generator=generator)
     upstream = torch.randn(2, 4, generator=generator).mT
-    for hidden in (base.transpose(0, 1)[:4, :4], base[:1].expand(4, 6, 24), base.mT.contiguous().mT, base[:, ::2], base.flip(1)):
+    for hidden in (
+        base.transpose(0, 1)[:4, :4],
+        base[:1].expand(4, 6, 24),
+        base.mT.contiguous().mT,
+        base[:, ::2],
+        base.flip(1),
+    ):
         mask = torch.ones(hidden.shape[:2])
         mask[:, -1] = 0
         for options in ({"attention_mask": mask}, {"pool": "none"}):
@@ -213,7 +245,10 @@ def test_any_strides(backend: str, generator: Generator) -> None:
             expected, gradients = with_gradients(
                 lambda h, w, o=options: lk.reward_head(h, w, **o), grad, [hidden.contiguous(), weight]
             )
-            leaf, strided_weight = hidden.detach().requires_grad_(), weight.mT.contiguous().mT.requires_grad_()
+            leaf, strided_weight = (
+                hidden.detach().requires_grad_(),
+                weight.mT.contiguous().mT.requires_grad_(),
+            )
             scores = lk.reward_head(leaf, strided_weight, **options)
             scores.backward(grad)
             assert torch.equal(scores, expected)
@@ -239,7 +274,11 @@ def test_only_what_is_read_is_touched(backend: str) -> None:
 class TestSeparateModels:
     def inputs(self, generator: Generator) -> tuple[list[Tensor], list[Tensor], Tensor]:
         hidden = [torch.randn(3, s, h, generator=generator) for s, h in ((5, 16), (5, 40), (7, 9))]
-        weight = [torch.randn(1, 16, generator=generator), torch.randn(40, generator=generator), torch.randn(1, 9, generator=generator)]
+        weight = [
+            torch.randn(1, 16, generator=generator),
+            torch.randn(40, generator=generator),
+            torch.randn(1, 9, generator=generator),
+        ]
         return hidden, weight, torch.randn(3, generator=generator)
 
     def test_each_is_as_if_alone(self, backend: str, generator: Generator) -> None:
@@ -247,11 +286,13 @@ class TestSeparateModels:
         index = torch.tensor([0, 2, 4])
         mask = [torch.tensor(MASKS["holes"]), None, torch.ones(3, 7).tril(2)]
         for options in ({"index": index}, {"attention_mask": mask}, {}):
-            scores = lk.reward_head(hidden, weight, bias, **options)  # type: ignore[arg-type]
+            scores = lk.reward_head(hidden, weight, bias, **options)
             assert scores.shape == (3, 3)
             for k in range(3):
-                own = {name: value[k] if isinstance(value, list) else value for name, value in options.items()}
-                alone = lk.reward_head(hidden[k], weight[k].reshape(1, -1), bias[k : k + 1], **own)  # type: ignore[arg-type]
+                own = {
+                    name: value[k] if isinstance(value, list) else value for name, value in options.items()
+                }
+                alone = lk.reward_head(hidden[k], weight[k].reshape(1, -1), bias[k : k + 1], **own)
                 assert torch.equal(scores[:, k : k + 1], alone)
         listed = lk.reward_head(hidden, weight, [bias[0], bias[1:2], None])
         torch.testing.assert_close(listed[:, :2], lk.reward_head(hidden, weight, bias)[:, :2], rtol=0, atol=0)
@@ -260,7 +301,10 @@ class TestSeparateModels:
         hidden, weight, bias = self.inputs(generator)
         upstream = torch.randn(3, 3, generator=generator)
         check_against_fp64(
-            lambda *t: lk.reward_head(list(t[:3]), list(t[3:6]), t[6]), upstream, [*hidden, *weight, bias], RTOL * 10
+            lambda *t: lk.reward_head(list(t[:3]), list(t[3:6]), t[6]),
+            upstream,
+            [*hidden, *weight, bias],
+            RTOL * 10,
         )
 
     def test_packed_and_every_position(self, backend: str, generator: Generator) -> None:
@@ -314,7 +358,11 @@ def test_compile(backend: str, generator: Generator) -> None:
 
     def call(batch: int, length: int) -> tuple[Tensor, ...]:
         hidden = torch.randn(batch, length, 8, generator=generator).requires_grad_()
-        return hidden, weight.clone().requires_grad_(), (torch.rand(batch, length, generator=generator) < 0.9).long()
+        return (
+            hidden,
+            weight.clone().requires_grad_(),
+            (torch.rand(batch, length, generator=generator) < 0.9).long(),
+        )
 
     calls = [call(3, 4), call(5, 6), call(4, 9)]
     compile_once(lambda h, w, m: [lk.reward_head(h, w, attention_mask=m).nan_to_num()], calls)
@@ -335,54 +383,171 @@ def test_opcheck(generator: Generator) -> None:
     ):
         torch.library.opcheck(ops.reward_head_forward, (rows, weight, weight[:, 0].clone(), *where, every))
         for wanted in ((True, True, True), (False, True, False)):
-            torch.library.opcheck(ops.reward_head_backward, (torch.ones(shape), rows, weight, *where, every, *wanted))
+            torch.library.opcheck(
+                ops.reward_head_backward, (torch.ones(shape), rows, weight, *where, every, *wanted)
+            )
 
 
 H, W, N = torch.zeros(2, 3, 4), torch.zeros(1, 4), torch.zeros(6, 4)
 MODELS = ([H, H], [W, W])
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: lk.reward_head(H.numpy(), W), TypeError, "hidden and weight must be two tensors.*got ndarray and Tensor"),
-    (lambda: lk.reward_head([H], W), TypeError, "hidden and weight must be .* two lists of tensors; got list and Tensor"),
+    (
+        lambda: lk.reward_head(H.numpy(), W),
+        TypeError,
+        "hidden and weight must be two tensors.*got ndarray and Tensor",
+    ),
+    (
+        lambda: lk.reward_head([H], W),
+        TypeError,
+        "hidden and weight must be .* two lists of tensors; got list and Tensor",
+    ),
     (lambda: lk.reward_head(H.long(), W), TypeError, "hidden must be float32"),
     (lambda: lk.reward_head(H, W.int()), TypeError, "weight must be float32"),
     (lambda: lk.reward_head(H, W, W[0, :1].int()), TypeError, "bias must be float32"),
-    (lambda: lk.reward_head(H, W, 1.0), TypeError, r"bias must be a tensor \[K\] or None; got float"),  # type: ignore[arg-type]
+    (lambda: lk.reward_head(H, W, 1.0), TypeError, r"bias must be a tensor \[K\] or None; got float"),
     (lambda: lk.reward_head(H, W[0]), ValueError, r"weight must be \[K, H\]; got \[4\]"),
-    (lambda: lk.reward_head(H, W[:, :3]), ValueError, r"weight must have H = 4 columns, as hidden; got \[1, 3\]"),
+    (
+        lambda: lk.reward_head(H, W[:, :3]),
+        ValueError,
+        r"weight must be \[K, H\] with H = 4; got \[1, 3\]",
+    ),
     (lambda: lk.reward_head(H, W, torch.zeros(2)), ValueError, r"bias must be \[K\], \[1\]; got \[2\]"),
-    (lambda: lk.reward_head(N, W), ValueError, r"hidden must be \[B, S, H\], or \[N, H\] with cu_seqlens; got \[6, 4\]"),
-    (lambda: lk.reward_head(torch.tensor(1.0), W, pool="none"), ValueError, r"hidden must be \[..., H\]; got a scalar"),
+    (
+        lambda: lk.reward_head(N, W),
+        ValueError,
+        r"hidden must be \[B, S, H\], or \[N, H\] with cu_seqlens; got \[6, 4\]",
+    ),
+    (
+        lambda: lk.reward_head(torch.tensor(1.0), W, pool="none"),
+        ValueError,
+        r"hidden must be \[..., H\]; got a scalar",
+    ),
     (lambda: lk.reward_head(H, W, pool="mean"), ValueError, "pool must be 'last' or 'none'; got 'mean'"),
-    (lambda: lk.reward_head(H, W.to("meta")), ValueError, "weight must be on the device of hidden, cpu; got meta"),
+    (
+        lambda: lk.reward_head(H, W.to("meta")),
+        ValueError,
+        "weight must be on the device of hidden, cpu; got meta",
+    ),
     (lambda: lk.reward_head(H, W, W[0, :1].to("meta")), ValueError, "bias must be on the device of hidden"),
-    (lambda: lk.reward_head(H, W, attention_mask=[[1, 1, 1]]), TypeError, "attention_mask must be a tensor.*got list"),  # type: ignore[list-item]
-    (lambda: lk.reward_head(H, W, attention_mask=torch.ones(2, 4)), ValueError, r"attention_mask must have .*\[2, 3\]; got \[2, 4\]"),
-    (lambda: lk.reward_head(H, W, attention_mask=torch.ones(2, 3, device="meta")), ValueError, "attention_mask must be on cpu"),
-    (lambda: lk.reward_head(H, W, index=[0, 1]), TypeError, "index must be a tensor; got list"),  # type: ignore[list-item]
-    (lambda: lk.reward_head(H, W, index=torch.zeros(2)), TypeError, "index must be int64 or int32; got torch.float32"),
-    (lambda: lk.reward_head(H, W, index=torch.zeros(3).long()), ValueError, r"index must have .*\[2\]; got \[3\]"),
-    (lambda: lk.reward_head(H, W, index=torch.tensor([0, 3])), IndexError, r"index must be in \[0, S\) with S = 3; got 3"),
-    (lambda: lk.reward_head(H, W, index=torch.tensor([-1, 0])), IndexError, r"index must be in \[0, S\) with S = 3; got -1"),
-    (lambda: lk.reward_head(H, W, index=torch.zeros(2).long(), pool="none"), ValueError, "index cannot be combined with pool='none'"),
-    (lambda: lk.reward_head(N, W, index=torch.zeros(1).long(), cu_seqlens=torch.tensor([0, 6])), ValueError, "index cannot be combined with cu_seqlens"),
-    (lambda: lk.reward_head(N, W, attention_mask=torch.ones(6), cu_seqlens=torch.tensor([0, 6])), ValueError, "attention_mask cannot be combined with cu_seqlens"),
-    (lambda: lk.reward_head(H, W, cu_seqlens=torch.tensor([0, 6])), ValueError, r"hidden must be packed, \[N, H\]"),
-    (lambda: lk.reward_head(N, W, cu_seqlens=torch.tensor([0.0, 6.0])), TypeError, "cu_seqlens must be int64 or int32"),
-    (lambda: lk.reward_head(N, W, cu_seqlens=torch.tensor([[0, 6]])), ValueError, r"cu_seqlens must be \[B\+1\]"),
-    (lambda: lk.reward_head(N, W, cu_seqlens=torch.zeros(0).long()), ValueError, r"cu_seqlens must be \[B\+1\]"),
-    *((lambda c=c: lk.reward_head(N, W, cu_seqlens=torch.tensor(c)), ValueError, "cu_seqlens must rise from 0 to N = 6") for c in ([1, 6], [0, 5], [0, 7], [0, 4, 3, 6], [0, -1, 6])),
+    (
+        lambda: lk.reward_head(H, W, attention_mask=[[1, 1, 1]]),
+        TypeError,
+        "attention_mask must be a tensor.*got list",
+    ),
+    (
+        lambda: lk.reward_head(H, W, attention_mask=torch.ones(2, 4)),
+        ValueError,
+        r"attention_mask must have .*\[2, 3\]; got \[2, 4\]",
+    ),
+    (
+        lambda: lk.reward_head(H, W, attention_mask=torch.ones(2, 3, device="meta")),
+        ValueError,
+        "attention_mask must be on cpu",
+    ),
+    (lambda: lk.reward_head(H, W, index=[0, 1]), TypeError, "index must be a tensor; got list"),
+    (
+        lambda: lk.reward_head(H, W, index=torch.zeros(2)),
+        TypeError,
+        "index must be int64 or int32; got torch.float32",
+    ),
+    (
+        lambda: lk.reward_head(H, W, index=torch.zeros(3).long()),
+        ValueError,
+        r"index must have .*\[2\]; got \[3\]",
+    ),
+    (
+        lambda: lk.reward_head(H, W, index=torch.tensor([0, 3])),
+        IndexError,
+        r"index must be in \[0, S\) with S = 3; got 3",
+    ),
+    (
+        lambda: lk.reward_head(H, W, index=torch.tensor([-1, 0])),
+        IndexError,
+        r"index must be in \[0, S\) with S = 3; got -1",
+    ),
+    (
+        lambda: lk.reward_head(H, W, index=torch.zeros(2).long(), pool="none"),
+        ValueError,
+        "index cannot be combined with pool='none'",
+    ),
+    (
+        lambda: lk.reward_head(N, W, index=torch.zeros(1).long(), cu_seqlens=torch.tensor([0, 6])),
+        ValueError,
+        "index cannot be combined with cu_seqlens",
+    ),
+    (
+        lambda: lk.reward_head(N, W, attention_mask=torch.ones(6), cu_seqlens=torch.tensor([0, 6])),
+        ValueError,
+        "attention_mask cannot be combined with cu_seqlens",
+    ),
+    (
+        lambda: lk.reward_head(H, W, cu_seqlens=torch.tensor([0, 6])),
+        ValueError,
+        r"hidden must be packed, \[N, H\]",
+    ),
+    (
+        lambda: lk.reward_head(N, W, cu_seqlens=torch.tensor([0.0, 6.0])),
+        TypeError,
+        "cu_seqlens must be int64 or int32",
+    ),
+    (
+        lambda: lk.reward_head(N, W, cu_seqlens=torch.tensor([[0, 6]])),
+        ValueError,
+        r"cu_seqlens must be \[B\+1\]",
+    ),
+    (
+        lambda: lk.reward_head(N, W, cu_seqlens=torch.zeros(0).long()),
+        ValueError,
+        r"cu_seqlens must be \[B\+1\]",
+    ),
+    *(
+        (
+            lambda c=c: lk.reward_head(N, W, cu_seqlens=torch.tensor(c)),
+            ValueError,
+            "cu_seqlens must rise from 0 to N = 6",
+        )
+        for c in ([1, 6], [0, 5], [0, 7], [0, 4, 3, 6], [0, -1, 6])
+    ),
     (lambda: lk.reward_head([], []), ValueError, "hidden must have at least one reward model"),
-    (lambda: lk.reward_head([H, H], [W]), ValueError, "weight must have one entry per reward model, 2; got 1"),
-    (lambda: lk.reward_head([H, None], [W, W]), TypeError, r"hidden\[1\] must be a tensor; got NoneType"),  # type: ignore[list-item]
-    (lambda: lk.reward_head([H, H], [W, torch.zeros(2, 4)]), ValueError, r"weight\[1\] must be \[1, H\] or \[H\]; got \[2, 4\]"),
-    (lambda: lk.reward_head([H, H], [W, W[:, :3]]), ValueError, r"weight\[1\] must have H = 4 columns"),
-    (lambda: lk.reward_head([H, H[:1]], [W, W]), ValueError, r"hidden\[1\] must give as many scores as hidden\[0\], \[2\]; got \[1\]"),
+    (
+        lambda: lk.reward_head([H, H], [W]),
+        ValueError,
+        "weight must have one entry per reward model, 2; got 1",
+    ),
+    (lambda: lk.reward_head([H, None], [W, W]), TypeError, r"hidden\[1\] must be a tensor; got NoneType"),
+    (
+        lambda: lk.reward_head([H, H], [W, torch.zeros(2, 4)]),
+        ValueError,
+        r"weight\[1\] must be \[1, H\] or \[H\]; got \[2, 4\]",
+    ),
+    (lambda: lk.reward_head([H, H], [W, W[:, :3]]), ValueError, r"weight\[1\] must be \[K, H\] with H = 4"),
+    (
+        lambda: lk.reward_head([H, H[:1]], [W, W]),
+        ValueError,
+        r"hidden\[1\] must give as many scores as hidden\[0\], \[2\]; got \[1\]",
+    ),
     (lambda: lk.reward_head(*MODELS, torch.zeros(3)), ValueError, r"bias must have .*\[2\]; got \[3\]"),
-    (lambda: lk.reward_head(*MODELS, [None]), ValueError, "bias must have one entry per reward model, 2; got 1"),
-    (lambda: lk.reward_head(*MODELS, attention_mask="1"), TypeError, "attention_mask must be a tensor, a list of 2 or None; got str"),  # type: ignore[arg-type]
-    (lambda: lk.reward_head(*MODELS, attention_mask=[None, torch.ones(2, 2)]), ValueError, r"attention_mask\[1\] must have"),
-    (lambda: lk.reward_head(*MODELS, index=[None, torch.zeros(1).long()]), ValueError, r"index\[1\] must have"),
-]  # fmt: skip
+    (
+        lambda: lk.reward_head(*MODELS, [None]),
+        ValueError,
+        "bias must have one entry per reward model, 2; got 1",
+    ),
+    (
+        lambda: lk.reward_head(*MODELS, attention_mask="1"),
+        TypeError,
+        "attention_mask must be a tensor, a list of 2 or None; got str",
+    ),
+    (
+        lambda: lk.reward_head(*MODELS, attention_mask=[None, torch.ones(2, 2)]),
+        ValueError,
+        r"attention_mask\[1\] must have",
+    ),
+    (
+        lambda: lk.reward_head(*MODELS, index=[None, torch.zeros(1).long()]),
+        ValueError,
+        r"index\[1\] must have",
+    ),
+]
 
 
 @pytest.mark.parametrize("call, error, message", BAD)

@@ -111,7 +111,7 @@ def backward(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """To hidden, weight and bias (in fp64). A row without upstream gradient counts for nothing, even if NaN."""
+    """To hidden, weight and bias (fp64). A row without upstream gradient counts for nothing, even if NaN."""
     upstream = grad.double().reshape(-1, weight.shape[0])
     if every:
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -128,9 +128,7 @@ def backward(
         if every:
             grad_hidden = to_rows.reshape(hidden.shape)
         else:
-            flat = hidden.new_zeros(
-                hidden.shape[:-1].numel() + 1, hidden.shape[-1]
-            )
+            flat = hidden.new_zeros(hidden.shape[:-1].numel() + 1, hidden.shape[-1])
             flat = flat.index_copy(
                 0, torch.where(positions == NOWHERE, flat.shape[0] - 1, positions), to_rows
             )

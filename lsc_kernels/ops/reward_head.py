@@ -151,7 +151,7 @@ def _one_model(
     _check_positions(which, hidden, attention_mask, index, cu_seqlens, every)
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"weight{which} must have H = {hidden.shape[-1]} columns, as hidden{which}; got {list(weight.shape)}"
+            f"weight{which} must be [K, H] with H = {hidden.shape[-1]}; got {list(weight.shape)}"
         )
     _checks.same_device(f"weight{which}", weight, f"hidden{which}", hidden)
     if bias is not None:
@@ -235,5 +235,7 @@ class _RewardHead(torch.autograd.Function):
             if to_bias is not None:
                 to_bias = to_bias.to(ctx.bias_dtype)
         sources = (grad, hidden, weight)
-        gradients = (first_derivative("reward_head", each, *sources) for each in (to_hidden, to_weight, to_bias))
+        gradients = (
+            first_derivative("reward_head", each, *sources) for each in (to_hidden, to_weight, to_bias)
+        )
         return None, *gradients, None, None, None, None
