@@ -141,7 +141,8 @@ def headline(results: dict[str, Any]) -> str:
         *("eager ms", "torch.compile ms", "this library ms", "x eager", "x compile", "error eager", "error"),
     )
     return (
-        f"{table(header, rows)}\n{machine(results)}. All ops and what the columns mean: docs/benchmarks.md.\n"
+        f"{table(header, rows)}\n{machine(results)}. All ops, and what the columns mean: "
+        "[docs/benchmarks.md](docs/benchmarks.md).\n\n![token_kl: time beside the read floor](docs/benchmarks.png)\n"
     )
 
 
@@ -187,11 +188,11 @@ def figure(results: dict[str, Any], path: Path) -> None:
     plt.close(drawing)
 
 
-def between_markers(text: str, generated: str) -> str | None:
+def between_markers(text: str, generated: str, begin: str = BEGIN, end: str = END) -> str | None:
     """``text`` with what stands between the markers replaced; None where there are no markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{generated}{END}{after}" if begin and end else None
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    return f"{before}{begin}\n{generated}{end}{after}" if found and closed else None
 
 
 def main(arguments: Sequence[str] | None = None, say: Callable[[str], object] = print) -> int:
