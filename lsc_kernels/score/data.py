@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import UserError
-from .extras import first_line, offline_note, quiet_hub
+from .extras import first_line, offline_note, quiet_hub, require
 
 if TYPE_CHECKING:
     from .config import DataSource, ScoreConfig
@@ -407,6 +407,7 @@ def _dataset_reader(dataset: Any, source: str, fields: Sequence[str]) -> Any:
 
 
 def _saved_dataset(path: Path, split: str | None) -> Any:
+    require("datasets")
     from datasets import load_from_disk
 
     try:
@@ -424,6 +425,7 @@ def _saved_dataset(path: Path, split: str | None) -> Any:
 
 
 def _hub_dataset(source: str) -> Any:
+    require("datasets")
     from datasets import load_dataset
 
     name, colon, split = source.rpartition(":")

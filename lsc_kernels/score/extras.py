@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -55,7 +56,6 @@ def offline_note() -> str:
 @contextmanager
 def quiet_hub(*, offline: bool) -> Iterator[None]:
     """Load from the hub without its progress bars and warnings, from the cache alone when ``offline``."""
-    import datasets
     import huggingface_hub
     import transformers
 
@@ -72,11 +72,16 @@ def quiet_hub(*, offline: bool) -> Iterator[None]:
             transformers.utils.logging.disable_progress_bar()
             restore.callback(transformers.utils.logging.enable_progress_bar)
         # Both libraries read the environment once, at import; a variable set now would come too late.
-        libraries: tuple[Any, ...] = (huggingface_hub.constants, datasets.config) if offline else ()
-        for settings in libraries:
+        for settings in _settings() if offline else ():
             restore.callback(setattr, settings, "HF_HUB_OFFLINE", settings.HF_HUB_OFFLINE)
             settings.HF_HUB_OFFLINE = True
         yield
+
+
+def _settings() -> list[Any]:
+    """The modules that keep whether to ask the hub, of the libraries that are loaded."""
+    names = ("huggingface_hub.constants", "datasets.config")
+    return [sys.modules[name] for name in names if name in sys.modules]
 
 
 def first_line(problem: BaseException) -> str:

@@ -57,7 +57,7 @@ def score(config: ScoreConfig, *, progress: bool = True) -> ScoreSummary:
         UserError: the options, the data or the models do not allow it; the message says why in one line.
         KeyboardInterrupt: interrupted; what was finished is kept and ``resume`` goes on with it.
     """
-    require("transformers", "datasets", "pyarrow", "rich")
+    require("transformers", "pyarrow", "rich")
     if config.plot is not None:
         require("matplotlib")
     from .figure import check_figure_name, draw
@@ -324,12 +324,15 @@ def _score_windows(run: _Run, data: Data, scan: Scan, store: PartStore, shown: P
                 shown.skip(*window)
                 continue
             with _explained_memory(run):
-                _score_window(run, window, store, shown)
+                if window.canned:
+                    shown.say("scoring canned responses")
+                references = _given_references(run, window, store)
+                shown.say("scoring")
+                _score_window(run, window, references, store, shown)
     return len(store.done) - before
 
 
-def _score_window(run: _Run, window: _Window, store: PartStore, shown: Progress) -> None:
-    references = _given_references(run, window, store)
+def _score_window(run: _Run, window: _Window, references: Tensor, store: PartStore, shown: Progress) -> None:
     pending: list[dict[str, Any]] = []
     kept_at = time.monotonic()
 
