@@ -108,7 +108,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Compare:
         leaf: int | None = None,
         check: Callable[[Outputs], None] | None = None,
     ) -> None:
-        """``leaf`` is the input to differentiate, None for the forward pass; ``reads``, the bytes of the floor."""
+        """``leaf`` is the input to differentiate, None: forward only; ``reads``, the bytes of the floor."""
         lk.set_backend("native")
         torch._dynamo.reset()
         # tracing alone is enough to see that the comparison still compiles

@@ -62,6 +62,22 @@ def _disjoint(a: Tensor, b: Tensor) -> Pair:
     return 3 * a + 60 * first_half, 3 * b - 60 * first_half
 
 
+def _masked(policy: bool, ref: bool, mask: float) -> Callable[[Tensor, Tensor], Pair]:
+    """A third of the columns masked the way attention is masked, with a large finite number."""
+
+    def pair(a: Tensor, b: Tensor) -> Pair:
+        out = torch.arange(a.shape[-1]) % 3 == 2
+        x, y = 3 * a, 3 * a + 0.1 * b
+        return torch.where(out & policy, mask, x), torch.where(out & ref, mask, y)
+
+    return pair
+
+
+def _sure_of_one(policy: float, ref: float) -> Callable[[Tensor, Tensor], Pair]:
+    """Both are sure of the same token, and nearly level on all others."""
+    return lambda a, b: (0.02 * a + _at_largest(a, policy), 0.02 * b + _at_largest(a, ref))
+
+
 def _spike(ref_spike: float) -> Callable[[Tensor, Tensor], Pair]:
     """One token is 1e4 above all others in the policy."""
     return lambda a, b: (3 * a + _at_largest(a, 1e4), 3 * a + 0.1 * b + _at_largest(a, ref_spike))
@@ -92,6 +108,12 @@ REGIMES: dict[str, Callable[[Tensor, Tensor], Pair]] = {
     "ramp_down": _ramp(-300.0),
     "steps": _steps,
     "disjoint": _disjoint,
+    "masked_in_both": _masked(True, True, -1e4),
+    "masked_in_policy": _masked(True, False, -1e4),
+    "masked_in_ref": _masked(False, True, -1e4),
+    "sure_of_one": _sure_of_one(16.5, 16.5),
+    "sure_of_one_100": _sure_of_one(113.0, 16.0),
+    "sure_of_one_ref_100": _sure_of_one(16.0, 113.0),
     "spike": _spike(1e4),
     "spike_less_3": _spike(1e4 - 3),
 }

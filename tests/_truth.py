@@ -34,11 +34,13 @@ def row_kept(actions: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def scaled(logits: Tensor, kept: Tensor, temperature: float | Tensor) -> Tensor:
-    """Logits over the temperature in fp64; left-out rows are replaced, and reach nothing."""
+    """Logits about their largest, over the temperature, in fp64; left-out rows reach nothing."""
     rows = kept.unsqueeze(-1)
     per_row = torch.as_tensor(temperature, dtype=torch.float64)
     per_row = per_row.unsqueeze(-1) if per_row.dim() else per_row
-    return torch.where(rows, logits, 0.0) / torch.where(rows, per_row, 1.0)
+    kept_logits = torch.where(rows, logits, 0.0)
+    # about the largest: at 1e4 / 0.1 fp64 itself would round at 1e-11
+    return (kept_logits - kept_logits.detach().amax(-1, keepdim=True)) / torch.where(rows, per_row, 1.0)
 
 
 def pick(log_p: Tensor, actions: Tensor, kept: Tensor) -> Tensor:

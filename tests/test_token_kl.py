@@ -10,7 +10,7 @@ import mpmath
 import pytest
 import torch
 from _cases import DTYPES, KINDS, REGIMES, SAMPLED_KINDS, VOCABULARIES, logit_pair, rows_for, sampled_actions
-from _check import check_token_kl, check_token_kl_gradients
+from _check import check_token_kl, check_token_kl_gradients, check_values
 from _modes import compile_once, needs_native, peak_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -457,6 +457,30 @@ class TestInfinities:
         assert bool((check_token_kl(policy, ref, actions, kl="full").kl == torch.inf).all())
         for kl in (*SAMPLED_KINDS, "full_reverse"):
             check_token_kl(policy, ref, actions, kl=kl, name=kl)
+
+    @pytest.mark.parametrize("where", ["policy", "ref", "both"])
+    @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+    def test_masked_with_the_smallest_number(
+        self, backend: str, generator: Generator, dtype: torch.dtype, where: str
+    ) -> None:
+        """Hugging Face masks with finfo.min: the columns left are no worse for it."""
+        policy, ref, actions = inputs(generator, "near_1e-1", 6, 5000, dtype)
+        masked = torch.arange(5000) % 3 == 2
+        actions = actions - actions % 3
+        lowest = torch.finfo(dtype).min
+        x = policy.masked_fill(masked, lowest) if where != "ref" else policy
+        y = ref.masked_fill(masked, lowest) if where != "policy" else ref
+        kinds = {"policy": ("full",), "ref": ("full_reverse",), "both": ("full", "full_reverse")}
+        for kl in (*SAMPLED_KINDS, *kinds[where]):
+            x64, y64 = (torch.where(logits == lowest, -torch.inf, logits.double()) for logits in (x, y))
+            t = truth.token_kl(x64, y64, actions, kl=kl)
+            got = lk.token_kl(x, y, actions, kl=kl)
+            # the distance to the masked columns is no measure of an error
+            finite = (
+                torch.where(masked, -torch.inf, policy.double()),
+                torch.where(masked, -torch.inf, ref.double()),
+            )
+            check_values(kl, got, t._replace(x=finite[0], y=finite[1]), {"kl": kl})
 
     def test_missing_at_the_largest_logit(self, backend: str, generator: Generator) -> None:
         """The column that carries the policy, the centre of its tile, is impossible in the reference."""
