@@ -38,7 +38,7 @@ class Ran(NamedTuple):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     out = tmp_path_factory.mktemp("demo") / "out"
-    done = demo("--quick", "--seed", str(SEED), "--threads", "2", "--out", str(out))
+    done = demo("--quick", "--seed", str(SEED), "--threads", "1", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return Ran(out, " ".join(done.stdout.split()))

@@ -18,8 +18,8 @@ from .models import build_language_model, build_tokenizer, on_device, reward_mod
 
 QUANTILE = 0.85
 # Two reward models rarely speak in the same unit. Here one is trained at twice the Bradley-Terry temperature
-# of the other: for the same conviction its scores are twice as large. LSC divides by the scale, a raw sum does
-# not.
+# of the other: for the same conviction its scores are twice as large. LSC divides by the scale; a raw sum
+# does not.
 SCALES = {"helpful": 2.0, "harmless": 1.0}
 LONGEST_SAMPLE = 96
 

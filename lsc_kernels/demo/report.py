@@ -103,11 +103,11 @@ class Teller:
         self.console.print(table)
         harder = (references.canned > references.sampled).float().mean(dim=0).tolist()
         bars = " and ".join(
-            f"the {'higher' if share > 0.5 else 'lower'} bar for {name} ({max(share, 1 - share):.0%} of requests)"
+            f"the {'higher' if share > 0.5 else 'lower'} bar for {name} ({max(share, 1 - share):.0%} of them)"
             for share, name in zip(harder, PROPERTIES, strict=True)
         )
         self._say(
-            f"The refusal is {bars}. Samples ask for what this policy can do, whatever the request; a refusal "
+            f"Over the requests, the refusal is {bars}. Samples ask for what this policy can do; a refusal "
             "asks for what one fixed sentence is worth. From here on: samples."
         )
 

@@ -45,10 +45,10 @@ def tell(options: Options) -> int:
     teller.opening(train_split)
 
     with _quiet_libraries():
-        with teller.stage() as say:
+        with teller.stage() as say, _one_thread():
             models = chain.train_models(train_split, size, options.seed, say)
         teller.trained(models, train_split, held_out)
-        with teller.stage() as say:
+        with teller.stage() as say, _one_thread():
             references = chain.find_references(models, held_out, size, say)
 
         folders = models.save(options.out)
@@ -116,6 +116,17 @@ def _check(options: Options) -> None:
         raise UserError(f"--out {options.out}: {problem.strerror}") from problem
     if not os.access(options.out, os.W_OK):
         raise UserError(f"--out {options.out}: cannot be written to")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations this small gain nothing from a second thread, and lose a lot where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
