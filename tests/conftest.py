@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,10 @@ SEED = int(os.environ.get("LSC_TEST_SEED") or secrets.randbits(31))
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
+    # torch.compile's cache outlives the session and does not notice that the fake of an op has changed.
+    cache = tempfile.TemporaryDirectory(prefix="lsc-inductor-", ignore_cleanup_errors=True)
+    config.add_cleanup(cache.cleanup)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
 
 
 def pytest_report_header(config: pytest.Config) -> str:
