@@ -38,19 +38,19 @@ check() {
   built_on=$(torch_version "$1") tested_on=$(torch_version "$2")
   place="$work/$built_on-$tested_on"
   mkdir -p "$place"
-  LSC_KERNELS_BUILD=cpu "$1" -m pip wheel --quiet --no-deps --wheel-dir "$place" .
-  "$2" -m pip install --quiet --no-deps --target "$place/site" "$place"/*.whl
+  LSC_KERNELS_BUILD=cpu "$1" -m pip wheel --quiet --no-deps --wheel-dir "$place" . || return
+  "$2" -m pip install --quiet --no-deps --target "$place/site" "$place"/*.whl || return
   cp -r tests pyproject.toml "$place"
   echo "== built on torch $built_on, run on torch $tested_on"
   (
     cd "$place"
     export PYTHONPATH="$place/site"
-    "$2" - <<'PYTHON'
+    "$2" - <<'PYTHON' || exit
 import os
 import torch
 import lsc_kernels
 from lsc_kernels import _C
-assert _C.__file__.startswith(os.environ["PYTHONPATH"]), f"{_C.__file__} comes in the way: use an environment without lsc_kernels"
+assert _C.__file__.startswith(os.environ["PYTHONPATH"]), f"use an environment without {_C.__file__}"
 assert lsc_kernels.backends()["cpu"]["native"] == "available", lsc_kernels.backends()
 print("built with the headers of torch", _C.build_info()["torch_headers"], "- loaded into torch", torch.__version__)
 PYTHON
@@ -61,5 +61,7 @@ PYTHON
 kernel_tests=$(scripts/kernel_tests.sh)
 a=$(environment "${1:-torch==2.11.0}")
 b=$(environment "${2:-torch==2.13.0}")
-check "$a" "$b"
-check "$b" "$a"
+failed=0
+check "$a" "$b" || failed=1
+check "$b" "$a" || failed=1
+exit $failed
