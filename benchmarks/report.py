@@ -142,7 +142,8 @@ def headline(results: dict[str, Any]) -> str:
     )
     return (
         f"{table(header, rows)}\n{machine(results)}. All ops, and what the columns mean: "
-        "[docs/benchmarks.md](docs/benchmarks.md).\n\n![token_kl: time beside the read floor](docs/benchmarks.png)\n"
+        "[docs/benchmarks.md](docs/benchmarks.md).\n\n"
+        "![token_kl: time beside the read floor](docs/benchmarks.png)\n"
     )
 
 
