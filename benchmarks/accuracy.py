@@ -102,12 +102,12 @@ def as_row(case: Case) -> list[str]:
 
 def generated(rows: int, vocabulary: int, seed: int) -> str:
     facts = info.collect()
+    versions = facts["versions"]
     served = f"{facts['cpu']['isa']} kernels" if facts["extension"]["available"] else "eager backend"
     return (
         f"{table(HEADER, map(as_row, measure(rows, vocabulary, seed)))}\n"
-        f"{rows} rows, V = {vocabulary}, fp32, seed {seed}; error relative to the row's KL in fp64, worst row;"
-        f" lsc_kernels {facts['versions']['lsc_kernels']}, {served}, "
-        f"torch {facts['versions']['torch']}.\n"
+        f"{rows} rows, V = {vocabulary}, fp32, seed {seed}; errors of the worst row, over its fp64 KL; "
+        f"lsc_kernels {versions['lsc_kernels']}, {served}, torch {versions['torch']}.\n"
     )
 
 
