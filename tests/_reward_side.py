@@ -56,11 +56,16 @@ def with_gradients(
 
 
 def check_against_fp64(
-    function: Callable[..., Tensor], upstream: Tensor, inputs: Sequence[Tensor | None], rtol: float
+    function: Callable[..., Tensor],
+    upstream: Tensor,
+    inputs: Sequence[Tensor | None],
+    rtol: float,
+    full: Sequence[int] | None = None,
 ) -> None:
     """Values and gradients, against the same function in fp64 on the same inputs.
 
-    A gradient may be off by one rounding and ``rtol`` of its largest element: sums over a broadcast cancel.
+    A gradient may be off by one rounding and by ``rtol`` of its largest element; where the inputs are broadcast
+    to ``full``, and so their gradients are sums that may cancel, of the largest sum of magnitudes.
     """
     value, gradients = with_gradients(function, upstream, inputs)
     exact = [None if tensor is None else tensor.double() for tensor in inputs]
@@ -68,14 +73,18 @@ def check_against_fp64(
     assert value.dtype is (
         torch.float64 if any(x is not None and x.dtype is torch.float64 for x in inputs) else torch.float32
     )
-    close(value, truth, rtol, 0.0)
-    for tensor, gradient, true_gradient in zip(inputs, gradients, true_gradients, strict=True):
+    close(value, truth, rtol, SMALLEST)
+    terms = true_gradients
+    if full is not None:
+        spread = [None if x is None else x.expand(full) for x in exact]
+        _, terms = with_gradients(function, upstream, spread)
+    for tensor, gradient, true_gradient, term in zip(inputs, gradients, true_gradients, terms, strict=True):
         if tensor is None:
             continue
-        assert gradient is not None and true_gradient is not None
+        assert gradient is not None and true_gradient is not None and term is not None
         assert gradient.dtype is tensor.dtype and gradient.shape == tensor.shape
-        finite = true_gradient[true_gradient.isfinite()]
-        largest = float(finite.abs().max()) if finite.numel() else 0.0
+        magnitudes = term.abs().nan_to_num(0.0, 0.0).sum_to_size(tensor.shape)
+        largest = float(magnitudes.max()) if magnitudes.numel() else 0.0
         info = torch.finfo(tensor.dtype)
         close(gradient, true_gradient, rtol + info.eps / 2, rtol * largest + info.tiny)
 

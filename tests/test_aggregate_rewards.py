@@ -102,7 +102,7 @@ def test_broadcasting(
         return lk.aggregate_rewards(r, ref, scale=s, weights=w.abs(), floor=floor, missing=missing)
 
     assert aggregate(scores, reference, scale, weights).shape == shape[:-1]
-    check_against_fp64(aggregate, upstream, [scores, reference, scale, weights], 3e-6)
+    check_against_fp64(aggregate, upstream, [scores, reference, scale, weights], 3e-6, full=shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

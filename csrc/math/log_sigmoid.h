@@ -50,16 +50,22 @@ inline V exp_minus_abs(V z, V low) {
   return exp_negative(V(0.0f) - abs(z), select(z < V(0.0f), low, V(0.0f) - low));
 }
 
+// The same where the sign of low does not matter for z < 0, as it is far below what is added to e then.
+template <typename V>
+inline V exp_minus_abs_above(V z, V low) {
+  return exp_negative(V(0.0f) - abs(z), V(0.0f) - low);
+}
+
 // u = min(z, 0) - log1p(e^-|z|)
 template <typename V>
 inline V log_sigmoid(V z, V low) {
-  return min(V(0.0f), z) - log1p_unit(exp_minus_abs(z, low));
+  return min(V(0.0f), z) - log1p_unit(exp_minus_abs_above(z, low));
 }
 
 // du/dz = sigmoid(-z)
 template <typename V>
 inline V log_sigmoid_slope(V z, V low) {
-  const V e = exp_minus_abs(z, low);
+  const V e = exp_minus_abs_above(z, low);
   return select(z < V(0.0f), V(1.0f), e) / (V(1.0f) + e);
 }
 

@@ -20,7 +20,8 @@ class Terms {
   template <typename Tile>
   void drop_missing(const Tile& tile, float* values, int n) const {
     if (!how_.ignore_missing) return;
-    const float* scores = tile.scores();
+    alignas(64) float scores[kTile];
+    tile.scores(scores);
     for (int i = 0; i < n; ++i) values[i] = scores[i] != scores[i] ? 0 : values[i];
   }
 

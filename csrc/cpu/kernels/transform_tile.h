@@ -5,10 +5,8 @@
 // array as long as the tile; one that is broadcast is spread into such an array once per thread, as all tiles of whole
 // rows begin at a row's beginning.
 //
-//     begin(first, n)   brings the scores in, converted to float, and z as a pair of floats, exact to 2^-48
-//     values()          u      slopes()   du/dz
-//
-// z is formed in fp32 with the rounding kept when there is nothing to divide by, else in fp64.
+// z is a pair of floats, exact to 2^-48: formed in fp32 with the rounding kept where there is nothing to divide by, else
+// in fp64.
 #pragma once
 
 #include <algorithm>
@@ -93,51 +91,93 @@ class TransformTile {
     }
   }
 
-  void values(float* out) const {
+  void values(float* out) {
+    if (plain_difference_ && !has_floor_) {
+      return directly(out, [](Vec z, Vec low) { return log_sigmoid(z, low); });
+    }
+    centre();
     for (int i = 0; i < n_; i += Vec::kLanes) {
       const Vec z = load(z_ + i), low = load(low_ + i);
       store(out + i, has_floor_ ? log_sigmoid_with_floor(z, low, floor_at(i)).value : log_sigmoid(z, low));
     }
   }
 
-  void slopes(float* out) const {
+  void slopes(float* out) {
+    if (plain_difference_ && !has_floor_) {
+      return directly(out, [](Vec z, Vec low) { return log_sigmoid_slope(z, low); });
+    }
+    centre();
     for (int i = 0; i < n_; i += Vec::kLanes) {
       const Vec z = load(z_ + i), low = load(low_ + i);
       store(out + i, has_floor_ ? log_sigmoid_with_floor(z, low, floor_at(i)).slope : log_sigmoid_slope(z, low));
     }
   }
 
-  const float* scores() const { return scores_; }
-  const float* z() const { return z_; }
+  void scores(float* out) const { load_tile(from_, n_, out); }
+
+  const float* z() {
+    centre();
+    return z_;
+  }
+
   const double* scale() const { return scaled_ ? scale_now_ : nullptr; }  // null where it is 1
 
  private:
+  struct Difference {
+    Vec z, low;
+  };
+
   void bring(int64_t first, int64_t column, int n) {
     n_ = n;
-    load_tile(static_cast<const T*>(inputs_.scores) + first, n, scores_);
+    from_ = static_cast<const T*>(inputs_.scores) + first;
+    centred_ = false;
+    const int64_t columns = inputs_.columns;
     if (plain_difference_) {
-      subtract(reference_.along(first, column, inputs_.columns, n), n);
+      reference_now_ = reference_.along(first, column, columns, n);
     } else {
-      scale_now_ = scale_.along(first, column, inputs_.columns, n);
-      divide(exact_reference_.along(first, column, inputs_.columns, n), n);
+      exact_reference_now_ = exact_reference_.along(first, column, columns, n);
+      scale_now_ = scale_.along(first, column, columns, n);
     }
-    if (has_floor_) take_floor(floor_.along(first, column, inputs_.columns, n), n);
+    if (has_floor_) take_floor(floor_.along(first, column, columns, n), n);
   }
 
-  // z = s - r: the difference, and what it rounded away; nothing of that where z saturates or overflows.
-  void subtract(const float* reference, int n) {
-    for (int i = 0; i < n; i += Vec::kLanes) {
-      const Vec s = load(scores_ + i), r = load(reference + i);
-      const Vec z = s - r, back = z - s;
-      const Vec low = (s - (z - back)) - (r + back);
-      store(z_ + i, z);
-      store(low_ + i, select(abs(z) < Vec(1e3f), low, Vec(0.0f)));
+  // s - r and what the subtraction rounded away: nothing where it is beyond all use, or NaN because z saturates.
+  static Difference subtract(Vec s, Vec r) {
+    const Vec z = s - r, back = z - s;
+    const Vec low = (s - (z - back)) - (r + back);
+    return {z, select(abs(low) < Vec(1.0f), low, Vec(0.0f))};
+  }
+
+  // of(z, low) of every score, without a detour through memory.
+  template <typename Of>
+  void directly(float* out, const Of& of) const {
+    int i = 0;
+    for (; i + Vec::kLanes <= n_; i += Vec::kLanes) {
+      const Difference d = subtract(load(from_ + i), load(reference_now_ + i));
+      store(out + i, of(d.z, d.low));
+    }
+    if (i < n_) {
+      const Difference d = subtract(load_first(from_ + i, n_ - i, 0.0f), load(reference_now_ + i));
+      store(out + i, of(d.z, d.low));
     }
   }
 
-  void divide(const double* reference, int n) {
-    for (int i = 0; i < n; ++i) {
-      const double exact = (double(scores_[i]) - reference[i]) / scale_now_[i];
+  void centre() {
+    if (centred_) return;
+    centred_ = true;
+    alignas(64) float scores[kTile];
+    load_tile(from_, n_, scores);
+    if (!plain_difference_) return divide(scores);
+    for (int i = 0; i < n_; i += Vec::kLanes) {
+      const Difference d = subtract(load(scores + i), load(reference_now_ + i));
+      store(z_ + i, d.z);
+      store(low_ + i, d.low);
+    }
+  }
+
+  void divide(const float* scores) {
+    for (int i = 0; i < n_; ++i) {
+      const double exact = (double(scores[i]) - exact_reference_now_[i]) / scale_now_[i];
       const float z = float(exact);
       z_[i] = z;
       low_[i] = std::fabs(z) < 1e3f ? float(exact - double(z)) : 0.0f;
@@ -166,17 +206,20 @@ class TransformTile {
   const bool scaled_, plain_difference_, has_floor_;
   Spread<float> reference_;
   Spread<double> exact_reference_, scale_, floor_;
-  const double* scale_now_ = nullptr;
+  // the tile in place
+  const T* from_ = nullptr;
+  const float* reference_now_ = nullptr;
+  const double *exact_reference_now_ = nullptr, *scale_now_ = nullptr;
   int n_ = 0, floor_taken_ = 0;
+  bool centred_ = false;
   // whole vectors are computed at a tile's end, on what is left from before
-  alignas(64) float scores_[kTile] = {}, z_[kTile] = {}, low_[kTile] = {};
+  alignas(64) float z_[kTile] = {}, low_[kTile] = {};
   alignas(64) float floor_rate_[kTile] = {}, floor_complement_[kTile] = {}, floor_log_[kTile] = {}, floor_log_low_[kTile] = {};
 };
 
 // The tile's gradients to scores, reference and scale, from that to z: (1, -1, -z) / scale. `to_z` is overwritten.
 template <typename T>
-inline void write_gradients(const TransformTile<T>& tile, float* to_z, int n, int64_t first, const TransformGradients& out) {
-  const float* z = tile.z();
+inline void write_gradients(TransformTile<T>& tile, float* to_z, int n, int64_t first, const TransformGradients& out) {
   if (const double* scale = tile.scale()) {
     for (int i = 0; i < n; ++i) to_z[i] = float(to_z[i] / scale[i]);
   }
@@ -185,6 +228,7 @@ inline void write_gradients(const TransformTile<T>& tile, float* to_z, int n, in
     for (int i = 0; i < n; ++i) out.reference[first + i] = -to_z[i];
   }
   if (out.scale) {
+    const float* z = tile.z();
     for (int i = 0; i < n; ++i) out.scale[first + i] = to_z[i] == 0 ? 0 : -to_z[i] * z[i];
   }
 }
