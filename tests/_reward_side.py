@@ -64,15 +64,14 @@ def check_against_fp64(
 ) -> None:
     """Values and gradients, against the same function in fp64 on the same inputs.
 
-    A gradient may be off by one rounding and by ``rtol`` of its largest element; where the inputs are broadcast
-    to ``full``, and so their gradients are sums that may cancel, of the largest sum of magnitudes.
+    A gradient may be off by one rounding and by ``rtol`` of its largest element; where the inputs are
+    broadcast to ``full``, and so their gradients are sums that may cancel, of the largest sum of magnitudes.
     """
     value, gradients = with_gradients(function, upstream, inputs)
     exact = [None if tensor is None else tensor.double() for tensor in inputs]
     truth, true_gradients = with_gradients(function, upstream, exact)
-    assert value.dtype is (
-        torch.float64 if any(x is not None and x.dtype is torch.float64 for x in inputs) else torch.float32
-    )
+    fp64 = any(x is not None and x.dtype is torch.float64 for x in inputs)
+    assert value.dtype is (torch.float64 if fp64 else torch.float32)
     close(value, truth, rtol, SMALLEST)
     terms = true_gradients
     if full is not None:
