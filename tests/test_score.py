@@ -822,6 +822,32 @@ def test_what_is_there_is_not_replaced_unasked(
     assert "no finished output of this command" in user_error(capsys, [*begun, "--resume"])
 
 
+def test_a_damaged_part_is_named(
+    tmp_path: Path, begun: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    (part,) = (tmp_path / "o.parquet.parts").glob("part-*.parquet")
+    part.write_bytes(part.read_bytes()[:100])
+    assert f"{part} is damaged: delete it" in user_error(capsys, [*begun, "--resume"])
+    part.unlink()
+    assert main([*begun, "--resume"]) == 0
+    assert pq.read_metadata(tmp_path / "o.parquet").num_rows == 20
+
+
+def test_a_full_disk_at_the_end_keeps_the_rows(
+    tmp_path: Path, begun: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr("lsc_kernels.score.assemble._shape", full)
+        line = user_error(capsys, [*begun, "--resume"])
+    assert "No space left on device" in line and "kept for --resume" in line
+    assert main([*begun, "--resume"]) == 0
+
+
 def test_two_runs_do_not_write_the_same_output(
     zoo: Zoo, tmp_path: Path, begun: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -965,6 +991,7 @@ def test_summary_figure_and_pairs(zoo: Zoo, tmp_path: Path, capsys: pytest.Captu
     )
     summary = pipeline.score(config, progress=False)
     kl = [np.array(row["kl"]) for row in rows]
+    assert summary.scored_now == 24 and summary.rows_per_second > 0
     assert summary.rows == 24 and summary.pairs == 12 and summary.tokens == sum(map(len, kl))
     assert summary.kl_per_token == pytest.approx(np.concatenate(kl).mean(), rel=1e-6)
     assert summary.kl_per_sequence == pytest.approx(np.mean([one.sum() for one in kl]), rel=1e-6)

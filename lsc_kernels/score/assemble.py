@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def assemble(
         bad: the lines that could not be read; those that could not be encoded are added.
 
     Raises:
-        UserError: not one row could be encoded.
+        UserError: not one row could be encoded, or the output cannot be written.
     """
     by_prompt = any(rule.kind == "prompt-quantile" for rule in shaping.rules)
     scalars = _scalars(store, windows, by_prompt)
@@ -112,15 +113,26 @@ def assemble(
     about = {**about, "bad": all_bad, "rows_alone_with_their_prompt": alone}
     unfinished = store.out.with_name(store.out.name + ".tmp")
     schema = _output_schema(shaping.names).with_metadata({METADATA_KEY: json.dumps(about).encode()})
+    try:
+        _write(store, unfinished, schema, windows, references, shaping)
+        store.finish(unfinished)
+    except OSError as problem:
+        raise UserError(
+            f"--out {store.out}: cannot be written: {problem}; the finished rows are kept for --resume"
+        ) from problem
+
+
+def _write(
+    store: PartStore, path: Path, schema: pa.Schema, windows: int, references: np.ndarray, shaping: Shaping
+) -> None:
     begin = 0
-    with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for window in range(windows):
             rows = store.window(window)
             rows = rows.filter(pc.is_null(rows["error"]))
             end = begin + rows.num_rows
             writer.write_table(_shape(rows, references[begin:end], shaping).cast(schema))
             begin = end
-    store.finish(unfinished)
 
 
 def _scalars(store: PartStore, windows: int, by_prompt: bool) -> pa.Table:

@@ -78,7 +78,12 @@ class PartStore:
         done: set[int] = set()
         count = 0
         for path in sorted(self.folder.glob("part-*.parquet")):
-            done.update(pq.read_table(path, columns=["row"])["row"].to_pylist())
+            try:
+                done.update(pq.read_table(path, columns=["row"])["row"].to_pylist())
+            except (pa.ArrowException, OSError) as problem:
+                raise UserError(
+                    f"--resume: {path} is damaged: delete it, and its rows are scored again"
+                ) from problem
             count = max(count, int(path.stem.split("-")[-1]) + 1)
         return done, count
 
