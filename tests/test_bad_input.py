@@ -29,13 +29,27 @@ def kl_from_logprobs_arguments() -> dict[str, Any]:
     return {"logprobs": -torch.rand(2, 3), "ref_logprobs": -torch.rand(2, 3)}
 
 
+def shaped_rewards_arguments() -> dict[str, Any]:
+    return {
+        "hidden": torch.randn(2, 5, 4),
+        "weight": torch.randn(3, 4),
+        "reference_reward": torch.randn(3),
+        "policy": torch.randn(2, 3, 7),
+        "ref": torch.randn(2, 3, 7),
+        "actions": torch.randint(0, 7, (2, 3)),
+        "mask": torch.ones(2, 3),
+        "beta": 0.1,
+    }
+
+
 OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "token_logprobs": (lk.token_logprobs, token_logprobs_arguments),
     "token_kl": (lk.token_kl, token_kl_arguments),
     "kl_from_logprobs": (lk.kl_from_logprobs, kl_from_logprobs_arguments),
+    "shaped_rewards": (lk.shaped_rewards, shaped_rewards_arguments),
 }
 
-Mistake = tuple[str, object, type[Exception]]
+Mistake = tuple[str, object, type[Exception] | tuple[type[Exception], ...]]
 
 ROWS: list[Mistake] = [
     ("actions", torch.zeros(2, 4, dtype=torch.int64), ValueError),
@@ -82,12 +96,12 @@ MASKS: list[Mistake] = [
 ]
 
 
-def logits_mistakes(name: str) -> list[Mistake]:
+def not_floating(name: str) -> list[Mistake]:
     return [
         (name, torch.zeros(2, 3, 7, dtype=torch.int64), TypeError),
         (name, torch.zeros(2, 3, 7, dtype=torch.complex64), TypeError),
         (name, [[[0.0] * 7] * 3] * 2, TypeError),
-        (name, None, TypeError),
+        (name, None, (TypeError, ValueError)),
     ]
 
 
@@ -106,11 +120,11 @@ KL: list[Mistake] = [
     ("log_ratio_clamp", (1.0, -1.0), ValueError),
     ("log_ratio_clamp", (NAN, 1.0), ValueError),
     ("log_ratio_clamp", (0.0, NAN), ValueError),
-    ("log_ratio_clamp", ("a", "b"), (ValueError, TypeError)),  # type: ignore[list-item]
+    ("log_ratio_clamp", ("a", "b"), (ValueError, TypeError)),
     ("kl_clamp", 10.0, ValueError),
     ("kl_clamp", (2.0, 1.0), ValueError),
     ("kl_clamp", (NAN, NAN), ValueError),
-    ("kl_clamp", ("a", "b"), (ValueError, TypeError)),  # type: ignore[list-item]
+    ("kl_clamp", ("a", "b"), (ValueError, TypeError)),
     ("old_logprobs", torch.zeros(2, 4), ValueError),
     ("old_logprobs", torch.zeros(3), ValueError),
     ("old_logprobs", torch.zeros(2, 3, dtype=torch.int64), TypeError),
@@ -120,7 +134,7 @@ KL: list[Mistake] = [
 
 MISTAKES: dict[str, list[Mistake]] = {
     "token_logprobs": [
-        *logits_mistakes("logits"),
+        *not_floating("logits"),
         ("logits", torch.randn(7), ValueError),
         ("logits", torch.tensor(1.0), ValueError),
         ("logits", torch.randn(2, 3, 0), ValueError),
@@ -128,8 +142,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         *MASKS,
     ],
     "token_kl": [
-        *logits_mistakes("policy_logits"),
-        *logits_mistakes("ref_logits"),
+        *not_floating("policy_logits"),
+        *not_floating("ref_logits"),
         ("policy_logits", torch.tensor(1.0), ValueError),
         ("policy_logits", torch.randn(2, 3, 0), ValueError),
         ("ref_logits", torch.randn(2, 3, 8), ValueError),
@@ -155,6 +169,58 @@ MISTAKES: dict[str, list[Mistake]] = {
         *MASKS,
         *KL,
     ],
+    "shaped_rewards": [
+        *[mistake for name in ("hidden", "policy", "ref") for mistake in not_floating(name)],
+        ("hidden", torch.randn(3, 5, 4), ValueError),
+        ("hidden", torch.randn(4), ValueError),
+        ("hidden", [], (TypeError, ValueError)),
+        ("weight", torch.randn(3, 5), ValueError),
+        ("weight", torch.randn(0, 4), ValueError),
+        ("weight", torch.randn(4), ValueError),
+        ("weight", torch.zeros(3, 4, dtype=torch.int64), TypeError),
+        ("weight", None, (TypeError, ValueError)),
+        ("bias", torch.randn(2), ValueError),
+        ("bias", torch.zeros(3, dtype=torch.int64), TypeError),
+        ("index", torch.tensor([0, 5]), (ValueError, IndexError)),
+        ("index", torch.tensor([0.0, 1.0]), TypeError),
+        ("index", torch.tensor([0]), ValueError),
+        ("attention_mask", torch.ones(2, 4), ValueError),
+        ("cu_seqlens", torch.tensor([0.0, 2.0]), TypeError),
+        ("reference_reward", torch.randn(4), ValueError),
+        ("reference_reward", "0", TypeError),
+        ("reference_reward", torch.zeros(3, dtype=torch.int64), TypeError),
+        ("scale", 0.0, ValueError),
+        ("scale", NAN, ValueError),
+        ("scale", torch.tensor([1.0, -1.0, 1.0]), ValueError),
+        ("floor", 1.0, ValueError),
+        ("floor", -0.1, ValueError),
+        ("weights", torch.randn(4), ValueError),
+        ("weights", [1.0, 1.0, 1.0], TypeError),
+        ("names", ["a", "b"], ValueError),
+        ("formula", "a & b", ValueError),
+        ("missing", "drop", ValueError),
+        ("scores", torch.randn(2, 3), ValueError),
+        ("policy_logprobs", torch.randn(2, 3), ValueError),
+        ("policy", torch.randn(6, 7), ValueError),
+        ("policy", torch.randn(2, 3, 0), ValueError),
+        ("ref", torch.randn(2, 3, 8), ValueError),
+        ("ref", torch.randn(2, 3, 7, device="meta"), ValueError),
+        ("beta", NAN, ValueError),
+        ("beta", INF, ValueError),
+        ("beta", "0.1", TypeError),
+        ("beta", None, TypeError),
+        ("placement", "first", ValueError),
+        ("placement_index", torch.tensor([0]), ValueError),
+        ("placement_index", torch.tensor([0.0, 1.0]), TypeError),
+        ("placement_index", torch.tensor([0, 3]), (ValueError, IndexError)),
+        ("dense", torch.randn(2, 4), ValueError),
+        ("dense", torch.zeros(2, 3, dtype=torch.int64), TypeError),
+        ("utility_clip", (1.0, 0.0), ValueError),
+        ("utility_clip", 1.0, ValueError),
+        *ROWS,
+        *MASKS,
+        *KL,
+    ],
 }
 
 
@@ -172,7 +238,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("op", "argument", "value", "error"), CASES)
-def test_mistake(backend: str, op: str, argument: str, value: object, error: type[Exception]) -> None:
+def test_mistake(
+    backend: str, op: str, argument: str, value: object, error: type[Exception] | tuple[type[Exception], ...]
+) -> None:
     function, arguments = OPS[op]
     with pytest.raises(error, match=rf"\b{argument}\b") as caught:
         function(**{**arguments(), argument: value})
