@@ -80,7 +80,9 @@ def set_backend(name: str) -> None:
         available = backends()
         if all(available[device][name] != "available" for device in available):
             reasons = "; ".join(f"{device}: {available[device][name]}" for device in available)
-            raise RuntimeError(f"backend {name!r} is not available here ({reasons}). `lsc-kernels info` says how to get it.")
+            raise RuntimeError(
+                f"backend {name!r} is not available here ({reasons}). `lsc-kernels info` says how to get it."
+            )
     _choice, _environment_error = name, native.MISCONFIGURED
 
 

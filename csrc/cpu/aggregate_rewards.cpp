@@ -2,34 +2,11 @@
 // shape, in float32.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/kernels/aggregate_rewards.h"
-#include "cpu/transform_operands.h"
+#include "cpu/aggregate_tensors.h"
 
 namespace lsc {
 
 namespace {
-
-struct Inputs {
-  Tensor scores;
-  OperandTensor reference, scale, floor, weights;
-  TransformInputs kernel;
-  Aggregation how;
-  int64_t rows;
-
-  Inputs(const Tensor& given, const std::optional<Tensor>& reference_reward, double reference_number,
-         const std::optional<Tensor>& scales, double scale_number, const std::optional<Tensor>& floors,
-         double floor_number, const std::optional<Tensor>& given_weights, bool ignore_missing)
-      : scores(dense(given)),
-        reference(operand_of(reference_reward, reference_number, scores)),
-        scale(operand_of(scales, scale_number, scores)),
-        floor(operand_of(floors, floor_number, scores)),
-        weights(operand_of(given_weights, 1.0, scores)) {
-    kernel = {scores.data_ptr(), dtype_of(scores), scores.size(scores.dim() - 1), reference.operand, scale.operand,
-              floor.operand};
-    how = {weights.operand, ignore_missing};
-    rows = scores.numel() == 0 ? 0 : scores.numel() / kernel.columns;
-  }
-};
 
 Sizes without_last(const Tensor& tensor) { return {tensor.sizes().data(), size_t(tensor.dim() - 1)}; }
 
@@ -39,8 +16,8 @@ static Tensor forward(
     Tensor scores, std::optional<Tensor> reference_reward, double reference_number, std::optional<Tensor> scale,
     double scale_number, std::optional<Tensor> floor, double floor_number, std::optional<Tensor> weights,
     bool ignore_missing) {
-  const Inputs inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights,
-                      ignore_missing);
+  const AggregateTensors inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights,
+                                ignore_missing);
   const Tensor utility = empty_large(without_last(inputs.scores), torch::headeronly::ScalarType::Float);
   float* out = floats(utility);
   auto* kernel = LSC_DISPATCH_ISA(aggregate_forward);
@@ -54,8 +31,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor scores, std::optional<Tensor> reference_reward, double reference_number,
     std::optional<Tensor> scale, double scale_number, std::optional<Tensor> floor, double floor_number,
     std::optional<Tensor> weights, bool ignore_missing, bool want_reference, bool want_scale, bool want_weights) {
-  const Inputs inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights,
-                      ignore_missing);
+  const AggregateTensors inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights,
+                                ignore_missing);
   const Tensor upstream = dense(grad);
   const Tensor to_scores = empty_large(inputs.scores.sizes(), scores.scalar_type());
   const Tensor to_reference = wanted_like(want_reference, inputs.scores);

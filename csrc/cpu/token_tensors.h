@@ -91,28 +91,37 @@ class TokenTensors {
 // Below this many logits a second thread costs more than it saves.
 constexpr int64_t kLogitsPerTask = 32768;
 
-inline void forward_rows(const TokenTensors& tensors, const KLArguments* kl, const TokenOutputs& out) {
+inline int64_t rows_per_task(const TokenRows& rows) { return (kLogitsPerTask + rows.vocabulary - 1) / rows.vocabulary; }
+
+// Too few rows to keep the threads busy: several threads then share a row.
+inline bool few_rows(const TokenTensors& tensors) {
+  int64_t state_bytes = 0;
+  const int64_t threads = torch::stable::get_num_threads();
+  return threads > 1 && tensors.count < 2 * threads && LSC_DISPATCH_ISA(token_chunks)(tensors.rows, &state_bytes) > 1;
+}
+
+inline void forward_few_rows(const TokenTensors& tensors, const KLArguments* kl, const TokenOutputs& out) {
   const TokenRows& rows = tensors.rows;
   int64_t state_bytes = 0;
   const int64_t chunks = LSC_DISPATCH_ISA(token_chunks)(rows, &state_bytes);
-  const int64_t threads = torch::stable::get_num_threads();
-  if (tensors.count >= 2 * threads || chunks == 1 || threads == 1) {
-    auto* forward = LSC_DISPATCH_ISA(token_rows_forward);
-    const int64_t grain = (kLogitsPerTask + rows.vocabulary - 1) / rows.vocabulary;
-    torch::stable::parallel_for(0, tensors.count, grain, [&](int64_t begin, int64_t end) { forward(rows, kl, out, begin, end); });
-  } else {
-    auto* read = LSC_DISPATCH_ISA(token_chunks_read);
-    std::vector<std::max_align_t> states((tensors.count * chunks * state_bytes) / sizeof(std::max_align_t) + 1);
-    torch::stable::parallel_for(0, tensors.count * chunks, 1, [&](int64_t begin, int64_t end) { read(rows, kl, states.data(), begin, end); });
-    LSC_DISPATCH_ISA(token_chunks_finish)(rows, kl, states.data(), out, tensors.count);
-  }
+  auto* read = LSC_DISPATCH_ISA(token_chunks_read);
+  std::vector<std::max_align_t> states((tensors.count * chunks * state_bytes) / sizeof(std::max_align_t) + 1);
+  torch::stable::parallel_for(0, tensors.count * chunks, 1, [&](int64_t begin, int64_t end) { read(rows, kl, states.data(), begin, end); });
+  LSC_DISPATCH_ISA(token_chunks_finish)(rows, kl, states.data(), out, tensors.count);
+}
+
+inline void forward_rows(const TokenTensors& tensors, const KLArguments* kl, const TokenOutputs& out) {
+  if (few_rows(tensors)) return forward_few_rows(tensors, kl, out);
+  auto* forward = LSC_DISPATCH_ISA(token_rows_forward);
+  torch::stable::parallel_for(0, tensors.count, rows_per_task(tensors.rows), [&](int64_t begin, int64_t end) {
+    forward(tensors.rows, kl, out, begin, end);
+  });
 }
 
 inline void backward_rows(const TokenTensors& tensors, const KLArguments* kl, const TokenGradients& grads) {
   const TokenRows& rows = tensors.rows;
   auto* backward = LSC_DISPATCH_ISA(token_rows_backward);
-  const int64_t grain = (kLogitsPerTask + rows.vocabulary - 1) / rows.vocabulary;
-  torch::stable::parallel_for(0, tensors.count, grain, [&](int64_t begin, int64_t end) { backward(rows, kl, grads, begin, end); });
+  torch::stable::parallel_for(0, tensors.count, rows_per_task(rows), [&](int64_t begin, int64_t end) { backward(rows, kl, grads, begin, end); });
 }
 
 // A gradient of [..., V], contiguous.

@@ -93,7 +93,11 @@ def _evaluate(
 
 
 def forward(
-    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, old_logprobs: Tensor | None, options: KLOptions
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    options: KLOptions,
 ) -> Tensor:
     kl, _, _ = _evaluate(logprobs, ref_logprobs, old_logprobs, options)
     if mask is not None:

@@ -63,7 +63,10 @@ def forward(
     kept = token_logprobs.counted(actions, mask)
     token_logprobs.check_actions(actions, policy_logits.shape[-1], kept)
     log_p, log_q = log_softmax(policy_logits, temperature), log_softmax(ref_logits, temperature)
-    logprobs, ref_logprobs = token_logprobs.at_action(log_p, actions), token_logprobs.at_action(log_q, actions)
+    logprobs, ref_logprobs = (
+        token_logprobs.at_action(log_p, actions),
+        token_logprobs.at_action(log_q, actions),
+    )
     log_weight = None if old_logprobs is None else logprobs - old_logprobs.double()
     kl, _, _, _ = _kl(log_p, log_q, difference(logprobs, ref_logprobs), log_weight, options)
     entropy = token_logprobs.row_sum(token_logprobs.minus_p_log_p(log_p))
@@ -107,15 +110,22 @@ def backward(
     p, q = log_p.exp(), log_q.exp()
     index = actions.long().clamp(0, p.shape[-1] - 1).unsqueeze(-1)
     one_hot = torch.zeros_like(p).scatter_(-1, index, 1.0)
-    logprobs, ref_logprobs = token_logprobs.at_action(log_p, actions), token_logprobs.at_action(log_q, actions)
+    logprobs, ref_logprobs = (
+        token_logprobs.at_action(log_p, actions),
+        token_logprobs.at_action(log_q, actions),
+    )
     log_weight = None if old_logprobs is None else logprobs - old_logprobs.double()
-    _, on_ratio, on_divergence, through_weight = _kl(log_p, log_q, difference(logprobs, ref_logprobs), log_weight, options)
+    _, on_ratio, on_divergence, through_weight = _kl(
+        log_p, log_q, difference(logprobs, ref_logprobs), log_weight, options
+    )
 
     def upstream(grad: Tensor | None) -> Tensor:
         return torch.zeros_like(logprobs) if grad is None else torch.where(kept, grad.double(), 0.0)
 
     def chain(grad: Tensor, factor: Tensor) -> Tensor:
-        return torch.where(grad == 0, 0.0, grad * factor)  # an overflowed slope that nobody asked for is not NaN
+        return torch.where(
+            grad == 0, 0.0, grad * factor
+        )  # an overflowed slope that nobody asked for is not NaN
 
     to_kl, to_entropy = upstream(grad_kl), upstream(grad_entropy)
     to_logprobs = upstream(grad_logprobs) + chain(to_kl, on_ratio + through_weight)

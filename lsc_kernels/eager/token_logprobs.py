@@ -31,7 +31,9 @@ def check_actions(actions: Tensor, vocabulary: int, kept: Tensor) -> None:
     wrong = kept & ((actions < 0) | (actions >= vocabulary))
     if wrong.any():
         action = actions[wrong].flatten()[0].item()
-        raise IndexError(f"actions must be in [0, V) with V = {vocabulary}, or {IGNORE_INDEX} to leave a position out; got {action}")
+        raise IndexError(
+            f"actions must be in [0, V) with V = {vocabulary}, or {IGNORE_INDEX} to leave a position out; got {action}"
+        )
 
 
 def at_action(log_probabilities: Tensor, actions: Tensor) -> Tensor:
@@ -88,7 +90,9 @@ def backward(
     p = log_p.exp()
     grad = torch.zeros_like(log_p)
     if grad_logprobs is not None:
-        one_hot = torch.zeros_like(p).scatter_(-1, actions.long().clamp(0, p.shape[-1] - 1).unsqueeze(-1), 1.0)
+        one_hot = torch.zeros_like(p).scatter_(
+            -1, actions.long().clamp(0, p.shape[-1] - 1).unsqueeze(-1), 1.0
+        )
         grad = grad + grad_logprobs.double().unsqueeze(-1) * (one_hot - p)
     if grad_entropy is not None:
         terms = minus_p_log_p(log_p)

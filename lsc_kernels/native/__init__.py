@@ -19,7 +19,9 @@ except ImportError as error:
         from lsc_kernels._build_info import SKIPPED
     except ImportError:
         SKIPPED = None
-    UNAVAILABLE = f"lsc_kernels._C was not built: {SKIPPED}" if SKIPPED else f"lsc_kernels._C does not load: {error}"
+    UNAVAILABLE = (
+        f"lsc_kernels._C was not built: {SKIPPED}" if SKIPPED else f"lsc_kernels._C does not load: {error}"
+    )
 else:
     try:
         _C.isa()
@@ -32,6 +34,7 @@ if UNAVAILABLE is None:
         kl_from_logprobs,
         lsc_transform,
         reward_head,
+        shaped_rewards,
         token_kl,
         token_logprobs,
         token_rewards,
@@ -42,6 +45,7 @@ if UNAVAILABLE is None:
         "kl_from_logprobs": kl_from_logprobs,
         "lsc_transform": lsc_transform,
         "reward_head": reward_head,
+        "shaped_rewards": shaped_rewards,
         "token_kl": token_kl,
         "token_logprobs": token_logprobs,
         "token_rewards": token_rewards,

@@ -23,7 +23,11 @@ def old_float(old_logprobs: Tensor | None) -> Tensor | None:
 
 
 def forward(
-    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, old_logprobs: Tensor | None, options: KLOptions
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    options: KLOptions,
 ) -> Tensor:
     result: Tensor = _ops.kl_from_logprobs_forward(
         logprobs.float(), ref_logprobs.float(), mask, old_float(old_logprobs), *arguments(options)

@@ -28,5 +28,7 @@ def first_derivative(op: str, gradient: Tensor | None, *sources: Tensor | None) 
     """
     if gradient is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradient
-    result: Tensor = _FirstDerivativeOnly.apply(op, gradient, *(source for source in sources if source is not None))
+    result: Tensor = _FirstDerivativeOnly.apply(
+        op, gradient, *(source for source in sources if source is not None)
+    )
     return result

@@ -40,19 +40,27 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; got {value.device}")
 
 
-def mask(name: str, value: object, wanted: Sequence[int], meaning: str, device: torch.device) -> Tensor | None:
+def mask(
+    name: str, value: object, wanted: Sequence[int], meaning: str, device: torch.device
+) -> Tensor | None:
     """A mask of any kind, as it is. None stays None."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor (bool, int or float; nonzero counts); got {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be a tensor (bool, int or float; nonzero counts); got {type(value).__name__}"
+        )
+    if value.is_complex():
+        raise TypeError(f"{name} must be bool, int or float (nonzero counts); got {value.dtype}")
     shape(name, value, wanted, meaning)
     if value.device != device:
         raise ValueError(f"{name} must be on {device}; got {value.device}")
     return value
 
 
-def counted(name: str, value: object, wanted: Sequence[int], meaning: str, device: torch.device) -> Tensor | None:
+def counted(
+    name: str, value: object, wanted: Sequence[int], meaning: str, device: torch.device
+) -> Tensor | None:
     """A mask as bool: nonzero counts. None stays None."""
     checked = mask(name, value, wanted, meaning, device)
     return checked if checked is None or checked.dtype is torch.bool else checked != 0
@@ -67,7 +75,7 @@ def number(name: str, value: object) -> float:
     """A finite float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float; got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile traces a comparison of a symbolic float, not isfinite
         raise ValueError(f"{name} must be finite; got {value}")
     return float(value)
 
@@ -78,6 +86,9 @@ def interval(name: str, value: object) -> tuple[float, float]:
         return -math.inf, math.inf
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} must be (low, high) or None; got {value!r}")
+    for limit in value:
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float))):
+            raise TypeError(f"{name} must be (low, high), two numbers; got {value!r}")
     low = -math.inf if value[0] is None else float(value[0])
     high = math.inf if value[1] is None else float(value[1])
     if not low <= high:
@@ -85,24 +96,35 @@ def interval(name: str, value: object) -> tuple[float, float]:
     return low, high
 
 
-def temperature(value: object, wanted: Sequence[int], device: torch.device) -> float | Tensor:
-    """A float > 0, or a tensor [...] of such. Values of a tensor are checked on the CPU only: no host wait."""
+def temperature(value: object, actions: Tensor, mask: Tensor | None, device: torch.device) -> float | Tensor:
+    """A float > 0, or a tensor of such, one per action. A tensor's values are checked on the CPU only: no host wait."""
+    if isinstance(value, float) and 0 < value < math.inf:
+        return value
     if isinstance(value, Tensor):
         floating("temperature", value)
         if value.dim() != 0:
-            shape("temperature", value, wanted, "actions")
+            shape("temperature", value, actions.shape, "actions")
         if value.device != device:
             raise ValueError(f"temperature must be on {device}; got {value.device}")
         no_grad("temperature", value)
+        per_row = value.expand(actions.shape)
         if device.type == "cpu" and not torch.compiler.is_compiling():
-            if not bool(((value > 0) & (value < math.inf)).all()):
-                raise ValueError(f"temperature must be finite and > 0; got {value.min().item()} ... {value.max().item()}")
-        return value.expand(wanted)
+            _check_temperatures(per_row, actions, mask)
+        return per_row
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"temperature must be a float or a tensor; got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"temperature must be finite and > 0; got {value}")
     return float(value)
+
+
+def _check_temperatures(per_row: Tensor, actions: Tensor, mask: Tensor | None) -> None:
+    wrong = ~((per_row > 0) & (per_row < math.inf))
+    if not wrong.any():
+        return
+    wrong &= actions != -100 if mask is None else (actions != -100) & mask
+    if wrong.any():
+        raise ValueError(f"temperature must be finite and > 0; got {per_row[wrong].flatten()[0].item()}")
 
 
 def old_logprobs(value: object, wanted: Sequence[int], meaning: str, device: torch.device) -> Tensor | None:
@@ -118,4 +140,6 @@ def old_logprobs(value: object, wanted: Sequence[int], meaning: str, device: tor
 
 def no_process_group(value: object) -> None:
     if value is not None:
-        raise ValueError("process_group: this version has no vocabulary-parallel kernels; gather the logits, pass None")
+        raise ValueError(
+            "process_group: this version has no vocabulary-parallel kernels; gather the logits, pass None"
+        )

@@ -30,7 +30,9 @@ def kl_options(
     if grad not in ("autograd", "straight_through"):
         raise ValueError(f"grad must be 'autograd' or 'straight_through'; got {grad!r}")
     if log_ratio_clamp is not None and kl.startswith("full"):
-        raise ValueError(f"log_ratio_clamp acts on the log ratio at the action, which kl={kl!r} does not use; use kl_clamp")
+        raise ValueError(
+            f"log_ratio_clamp acts on the log ratio at the action, which kl={kl!r} does not use; use kl_clamp"
+        )
     ratio = _checks.interval("log_ratio_clamp", log_ratio_clamp)
     return KLOptions(kl, grad == "straight_through", *ratio, *_checks.interval("kl_clamp", kl_clamp))
 

@@ -73,9 +73,6 @@ def reward_head(
     if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
         if bias is not None and not isinstance(bias, Tensor):
             raise TypeError(f"bias must be a tensor [K] or None; got {type(bias).__name__}")
-        _checks.floating("weight", weight)
-        if weight.dim() != 2:
-            raise ValueError(f"weight must be [K, H]; got {list(weight.shape)}")
         return _one_model("", hidden, weight, bias, attention_mask, index, cu_seqlens, pool)
     if isinstance(hidden, (list, tuple)) and isinstance(weight, (list, tuple)):
         return _separate_models(hidden, weight, bias, attention_mask, index, cu_seqlens, pool)
@@ -145,9 +142,33 @@ def _one_model(
     cu_seqlens: Any,
     pool: str,
 ) -> Tensor:
-    """``which`` is the [k] of a list, for the messages."""
-    _checks.floating(f"hidden{which}", hidden)
     every = pool == "none"
+    check_head(hidden, weight, bias, attention_mask, index, cu_seqlens, every, which)
+
+    kernels = select("reward_head", hidden, weight, bias)
+    arguments = (hidden, weight, bias, attention_mask, index, cu_seqlens, every)
+    if wants_grad(hidden, weight, bias):
+        scores: Tensor = _RewardHead.apply(kernels, *arguments)
+    else:
+        scores = kernels.forward(*arguments)
+    return scores
+
+
+def check_head(
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    attention_mask: object,
+    index: object,
+    cu_seqlens: object,
+    every: bool = False,
+    which: str = "",
+) -> None:
+    """Check the arguments of one model's head. ``which`` is the [k] of a list, for the messages."""
+    _checks.floating(f"hidden{which}", hidden)
+    _checks.floating(f"weight{which}", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight{which} must be [K, H]; got {list(weight.shape)}")
     _check_positions(which, hidden, attention_mask, index, cu_seqlens, every)
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -159,14 +180,6 @@ def _one_model(
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias{which} must be [K], {list(weight.shape[:1])}; got {list(bias.shape)}")
         _checks.same_device(f"bias{which}", bias, f"hidden{which}", hidden)
-
-    kernels = select("reward_head", hidden, weight, bias)
-    arguments = (hidden, weight, bias, attention_mask, index, cu_seqlens, every)
-    if wants_grad(hidden, weight, bias):
-        scores: Tensor = _RewardHead.apply(kernels, *arguments)
-    else:
-        scores = kernels.forward(*arguments)
-    return scores
 
 
 def _check_positions(

@@ -110,7 +110,7 @@ def token_kl(
     _checks.shape("actions", actions, rows, "policy_logits without its last dimension")
     _checks.same_device("actions", actions, "policy_logits", policy_logits)
     counted = _checks.counted("mask", mask, rows, "actions", policy_logits.device)
-    temperature = _checks.temperature(temperature, rows, policy_logits.device)
+    temperature = _checks.temperature(temperature, actions, counted, policy_logits.device)
     options = kl_options(kl, grad, log_ratio_clamp, kl_clamp, KINDS)
     old_logprobs = _checks.old_logprobs(old_logprobs, rows, "actions", policy_logits.device)
     _checks.no_process_group(process_group)

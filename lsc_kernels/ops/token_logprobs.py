@@ -67,7 +67,7 @@ def token_logprobs(
     _checks.shape("actions", actions, rows, "logits without its last dimension")
     _checks.same_device("actions", actions, "logits", logits)
     counted = _checks.counted("mask", mask, rows, "actions", logits.device)
-    temperature = _checks.temperature(temperature, rows, logits.device)
+    temperature = _checks.temperature(temperature, actions, counted, logits.device)
     _checks.no_process_group(process_group)
 
     kernels = select("token_logprobs", logits)
@@ -97,10 +97,14 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy, state
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
+    ) -> tuple[Any, ...]:
         logits, actions, mask, per_row, state = ctx.saved_tensors
         temperature = ctx.temperature if per_row is None else per_row
         with torch.no_grad():
-            grad = ctx.kernels.backward(grad_logprobs, grad_entropy, logits, actions, mask, temperature, state)
+            grad = ctx.kernels.backward(
+                grad_logprobs, grad_entropy, logits, actions, mask, temperature, state
+            )
         grad = first_derivative("token_logprobs", grad, grad_logprobs, grad_entropy, logits)
         return None, grad, None, None, None

@@ -183,9 +183,12 @@ inline void write_row(
   out.entropy[row] = float(entropy);
   if (!out.saved) return;
   float* saved = out.saved + row * kSaved;
+  for (int i = 0; i < kSaved; ++i) saved[i] = 0;
   saved[kMax] = float(pair.policy.max);
   saved[kInverseS] = float(1 / pair.policy.S);
   saved[kMeanLogit] = float(pair.policy.H / pair.policy.S);
+  save_double(logprob, saved + kLogprob);
+  if (!kl) return;
   saved[kRefMax] = float(pair.ref.max);
   saved[kInverseRefS] = float(1 / pair.ref.S);
   saved[kCentre] = float(pair.centre);
@@ -193,7 +196,6 @@ inline void write_row(
   saved[kOffset] = float(is_reverse(kl) ? pair.L + pair.divergence : pair.L - pair.divergence);
   saved[kDivergence] = float(pair.divergence);
   save_double(d, saved + kLogRatio);
-  save_double(logprob, saved + kLogprob);
 }
 
 // The upstream gradients of a row, combined: with p, q the probabilities and delta + L the log ratio of a column,

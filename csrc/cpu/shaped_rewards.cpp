@@ -1,0 +1,134 @@
+// shaped_rewards on the CPU: reward head, centring, log-sigmoid, aggregation, per-token KL and placement in one parallel
+// region.
+//
+// Threads share the tokens. Each token's row gives its KL; the thread that finishes the last token of a sequence also
+// scores that sequence, aggregates and places its rewards, whose KL is still in cache.
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+
+#include "cpu/aggregate_tensors.h"
+#include "cpu/head_tensors.h"
+#include "cpu/kernels/kl_from_logprobs.h"
+#include "cpu/reward_tensors.h"
+#include "cpu/token_tensors.h"
+
+namespace lsc {
+
+namespace {
+
+constexpr auto kFloat = torch::headeronly::ScalarType::Float;
+
+// The reward side: what turns a finished row of KL into rewards.
+struct Sequences {
+  std::optional<HeadInputs> head;  // none: the scores are given
+  const AggregateTensors& aggregation;
+  const RewardTensors& placement;
+  float *scores, *utility, *rewards;
+  std::atomic<int64_t> outside{-1};  // a row whose index is: an exception does not travel out of a parallel region
+
+  decltype(LSC_DISPATCH_ISA(head_scores)) score = LSC_DISPATCH_ISA(head_scores);
+  decltype(LSC_DISPATCH_ISA(aggregate_forward)) aggregate = LSC_DISPATCH_ISA(aggregate_forward);
+  decltype(LSC_DISPATCH_ISA(token_rewards_forward)) place = LSC_DISPATCH_ISA(token_rewards_forward);
+
+  void finish(int64_t b) {
+    if (head) score(*head, scores, b, b + 1);
+    aggregate(aggregation.kernel, aggregation.how, utility, b, b + 1);
+    if (const int64_t row = place(placement.kernel, rewards, b, b + 1); row >= 0) outside = row;
+  }
+};
+
+// tokens(begin, end) for all of [0, batch * length), and sequences.finish(b) once the tokens of b are done.
+template <typename Tokens>
+void over_tokens(int64_t batch, int64_t length, int64_t per_task, Sequences& sequences, const Tokens& tokens) {
+  if (length == 0) {
+    for (int64_t b = 0; b < batch; ++b) sequences.finish(b);
+    return;
+  }
+  std::vector<std::atomic<int64_t>> left(batch);
+  for (auto& count : left) count.store(length, std::memory_order_relaxed);
+  torch::stable::parallel_for(0, batch * length, per_task, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin / length; b * length < end; ++b) {
+      const int64_t first = std::max(begin, b * length), last = std::min(end, (b + 1) * length);
+      tokens(first, last);
+      if (left[b].fetch_sub(last - first, std::memory_order_acq_rel) == last - first) sequences.finish(b);
+    }
+  });
+}
+
+constexpr int64_t kLogprobsPerTask = 2048;
+
+}  // namespace
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    std::optional<Tensor> hidden, std::optional<Tensor> weight, std::optional<Tensor> bias,
+    std::optional<Tensor> attention_mask, std::optional<Tensor> head_index, std::optional<Tensor> cu_seqlens,
+    std::optional<Tensor> given_scores, std::optional<Tensor> reference_reward, double reference_number,
+    std::optional<Tensor> scale, double scale_number, std::optional<Tensor> floor, double floor_number,
+    std::optional<Tensor> weights, bool ignore_missing, Tensor policy, Tensor ref, std::optional<Tensor> actions,
+    std::optional<Tensor> mask, std::optional<Tensor> old_logprobs, std::optional<Tensor> temperatures,
+    double temperature, int64_t kind, bool straight_through, double ratio_low, double ratio_high, double kl_low,
+    double kl_high, std::optional<Tensor> index, std::optional<Tensor> dense_rewards, double beta, int64_t placement,
+    double clip_low, double clip_high) {
+  const int64_t sizes[2] = {policy.size(0), policy.size(1)};
+  const Sizes per_token(sizes, 2), per_sequence(sizes, 1);
+
+  Tensor positions = nothing(), rows = nothing(), head_weight = nothing(), scores = nothing();
+  std::optional<Tensor> head_bias;
+  std::optional<HeadInputs> head;
+  if (hidden) {
+    positions = find_positions(*hidden, attention_mask, head_index, cu_seqlens, false);
+    rows = few_dimensions(*hidden), head_weight = dense(*weight), head_bias = dense(bias);
+    head = inputs_of(rows, head_weight, head_bias, positions, false);
+    const int64_t score_sizes[2] = {positions.numel(), head->properties};
+    scores = empty(Sizes(score_sizes, 2), kFloat);
+  }
+  const AggregateTensors aggregation(given_scores ? *given_scores : scores, reference_reward, reference_number, scale,
+                                     scale_number, floor, floor_number, weights, ignore_missing);
+  const Tensor utility = empty(per_sequence, kFloat), kl = empty(per_token, kFloat), rewards = empty(per_token, kFloat);
+  const RewardTensors placing(utility, kl, mask, index, dense_rewards, beta, placement, clip_low, clip_high);
+  Sequences sequences{head, aggregation, placing, floats(scores), floats(utility), floats(rewards)};
+  const auto old = dense(old_logprobs);
+  const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
+
+  Tensor logprobs = nothing(), ref_logprobs = nothing(), entropy = nothing(), saved = nothing();
+  if (actions) {
+    const TokenTensors tensors(policy, ref, *actions, mask, temperatures, temperature);
+    tensors.check_actions();
+    logprobs = empty(per_token, kFloat), ref_logprobs = empty(per_token, kFloat), entropy = empty(per_token, kFloat);
+    saved = empty_saved(tensors.count);
+    const TokenOutputs out{floats(kl), floats(logprobs), floats(ref_logprobs), floats(entropy), floats(saved)};
+    if (few_rows(tensors)) {
+      forward_few_rows(tensors, &options, out);
+      for (int64_t b = 0; b < sizes[0]; ++b) sequences.finish(b);
+    } else {
+      auto* token_rows = LSC_DISPATCH_ISA(token_rows_forward);
+      over_tokens(sizes[0], sizes[1], rows_per_task(tensors.rows), sequences, [&](int64_t begin, int64_t end) {
+        token_rows(tensors.rows, &options, out, begin, end);
+      });
+    }
+  } else {
+    const Tensor policy_logprobs = dense(policy), reference = dense(ref);
+    const auto counted = dense(mask);
+    auto* estimate = LSC_DISPATCH_ISA(kl_forward);
+    over_tokens(sizes[0], sizes[1], kLogprobsPerTask, sequences, [&](int64_t begin, int64_t end) {
+      estimate(floats(policy_logprobs), floats(reference), data_or_null<bool>(counted), options, floats(kl), begin, end);
+    });
+  }
+  if (sequences.outside >= 0) placing.index_is_outside(sequences.outside);
+  return {rewards, utility, scores, kl, logprobs, ref_logprobs, entropy, saved};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
+  m.def("shaped_rewards_forward(Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? attention_mask, Tensor? head_index,"
+        " Tensor? cu_seqlens, Tensor? scores, Tensor? reference_reward, float reference_number, Tensor? scale,"
+        " float scale_number, Tensor? floor, float floor_number, Tensor? weights, bool ignore_missing, Tensor policy,"
+        " Tensor ref, Tensor? actions, Tensor? mask, Tensor? old_logprobs, Tensor? temperatures, float temperature,"
+        " int kind, bool straight_through, float ratio_low, float ratio_high, float kl_low, float kl_high, Tensor? index,"
+        " Tensor? dense, float beta, int placement, float clip_low, float clip_high)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lsc_kernels, CPU, m) { m.impl("shaped_rewards_forward", TORCH_BOX(&forward)); }
+
+}  // namespace lsc

@@ -1,0 +1,86 @@
+"""The whole chain from hidden states and logits to per-token rewards: the definition is its parts, one after another.
+
+A backend's module of this name offers ``forward``, and its modules of the parts for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lsc_kernels.eager import aggregate_rewards, kl_from_logprobs, reward_head, token_kl, token_rewards
+from lsc_kernels.eager.kl_from_logprobs import KLOptions
+from lsc_kernels.eager.token_rewards import RewardOptions
+
+__all__ = ["aggregate_rewards", "forward", "kl_from_logprobs", "reward_head", "token_kl", "token_rewards"]
+
+
+class RewardSide(NamedTuple):
+    """Scores, or the hidden states they come from, and what turns them into a utility."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    attention_mask: Tensor | None
+    head_index: Tensor | None
+    cu_seqlens: Tensor | None
+    scores: Tensor | None
+    reference_reward: float | Tensor
+    scale: float | Tensor
+    floor: float | Tensor
+    weights: Tensor | None
+    ignore_missing: bool
+
+
+class PolicySide(NamedTuple):
+    """Two models' logits [B, T, V], or without ``actions`` their log-probabilities [B, T], and where rewards go."""
+
+    policy: Tensor
+    ref: Tensor
+    actions: Tensor | None
+    mask: Tensor | None
+    old_logprobs: Tensor | None
+    temperature: float | Tensor
+    index: Tensor | None
+    dense: Tensor | None
+
+
+class Outputs(NamedTuple):
+    """``logprobs`` to ``state`` are empty where the log-probabilities were given."""
+
+    rewards: Tensor
+    utility: Tensor
+    scores: Tensor
+    kl: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    state: Tensor
+
+
+def forward(
+    reward: RewardSide, policy: PolicySide, kl_options: KLOptions, reward_options: RewardOptions
+) -> Outputs:
+    scores = reward.scores
+    if scores is None:
+        assert reward.hidden is not None and reward.weight is not None
+        scores = reward_head.forward(*reward[:6], every=False)  # type: ignore[arg-type]
+    utility = aggregate_rewards.forward(scores, *reward[7:])
+    if policy.actions is None:
+        kl = kl_from_logprobs.forward(policy.policy, policy.ref, policy.mask, policy.old_logprobs, kl_options)
+        logprobs = ref_logprobs = entropy = state = kl.new_empty(0)
+    else:
+        kl, logprobs, ref_logprobs, entropy, state = token_kl.forward(
+            *(
+                policy.policy,
+                policy.ref,
+                policy.actions,
+                policy.mask,
+                policy.old_logprobs,
+                policy.temperature,
+            ),
+            kl_options,
+        )
+    rewards = token_rewards.forward(utility, kl, policy.mask, policy.index, policy.dense, reward_options)
+    return Outputs(rewards, utility, scores, kl, logprobs, ref_logprobs, entropy, state)

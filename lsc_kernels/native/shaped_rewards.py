@@ -1,0 +1,69 @@
+"""shaped_rewards through the compiled kernels: one parallel region forward, its parts' kernels backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lsc_kernels.eager.kl_from_logprobs import KLOptions
+from lsc_kernels.eager.shaped_rewards import Outputs, PolicySide, RewardSide
+from lsc_kernels.eager.token_rewards import RewardOptions
+from lsc_kernels.native import aggregate_rewards, kl_from_logprobs, reward_head, token_kl, token_rewards
+from lsc_kernels.native.kl_from_logprobs import arguments, old_float
+from lsc_kernels.native.lsc_transform import operand
+from lsc_kernels.native.token_logprobs import SAVED, split_temperature
+from lsc_kernels.native.token_rewards import PLACEMENTS
+
+__all__ = ["aggregate_rewards", "forward", "kl_from_logprobs", "reward_head", "token_kl", "token_rewards"]
+
+_ops = torch.ops.lsc_kernels
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def forward(
+    reward: RewardSide, policy: PolicySide, kl_options: KLOptions, reward_options: RewardOptions
+) -> Outputs:
+    beta, placement, low, high = reward_options
+    from_logits = policy.actions is not None
+    outputs = Outputs(
+        *_ops.shaped_rewards_forward(
+            *(reward.hidden, _float(reward.weight), _float(reward.bias)),
+            *(reward.attention_mask, reward.head_index, reward.cu_seqlens, reward.scores),
+            *(*operand(reward.reference_reward), *operand(reward.scale), *operand(reward.floor)),
+            *(_float(reward.weights), reward.ignore_missing),
+            *(policy.policy, policy.ref) if from_logits else (policy.policy.float(), policy.ref.float()),
+            *(policy.actions, policy.mask, old_float(policy.old_logprobs)),
+            *split_temperature(policy.temperature),
+            *arguments(kl_options),
+            *(policy.index, policy.dense, beta, PLACEMENTS.index(placement), low, high),
+        )
+    )
+    return outputs if reward.scores is None else outputs._replace(scores=reward.scores)
+
+
+@torch.library.register_fake("lsc_kernels::shaped_rewards_forward")
+def _(
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    head_index: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scores: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, ...]:
+    policy, actions = rest[8], rest[10]
+    assert isinstance(policy, Tensor)
+    batch, length = policy.shape[:2]
+
+    def new(*shape: int) -> Tensor:
+        return policy.new_empty(shape, dtype=torch.float32)
+
+    properties = 0 if weight is None else weight.shape[0]
+    own_scores = new(0) if hidden is None else new(batch, properties)
+    per_token = [new(0) if actions is None else new(batch, length) for _ in range(3)]
+    state = new(0) if actions is None else new(batch * length, SAVED)
+    return new(batch, length), new(batch), own_scores, new(batch, length), *per_token, state

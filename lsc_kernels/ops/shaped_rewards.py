@@ -1,0 +1,409 @@
+"""From reward models' hidden states and two models' logits to per-token rewards, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lsc_kernels.backends import select
+from lsc_kernels.eager.kl_from_logprobs import KLOptions
+from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide
+from lsc_kernels.eager.token_logprobs import IGNORE_INDEX
+from lsc_kernels.eager.token_rewards import RewardOptions
+from lsc_kernels.ops import _checks, kl_from_logprobs, token_kl
+from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops.aggregate_rewards import check_present, check_properties
+from lsc_kernels.ops.lsc_transform import operand, spread, tensors, wants_grad
+from lsc_kernels.ops.reward_head import check_head, reward_head
+from lsc_kernels.ops.token_rewards import reward_options
+
+
+class ShapedRewards(NamedTuple):
+    """Outputs of :func:`shaped_rewards`: [B, T], but ``utility`` [B] and ``scores`` [B, K].
+
+    ``entropy`` is None where the log-probabilities were given instead of logits.
+    """
+
+    rewards: Tensor
+    utility: Tensor
+    scores: Tensor
+    kl: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor | None
+
+
+def shaped_rewards(
+    hidden: Tensor | Sequence[Tensor] | None,
+    weight: Tensor | Sequence[Tensor] | None,
+    reference_reward: float | Tensor,
+    policy: Tensor | None,
+    ref: Tensor | None,
+    actions: Tensor | None,
+    mask: Tensor | None,
+    *,
+    beta: float,
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    index: Tensor | Sequence[Tensor | None] | None = None,
+    attention_mask: Tensor | Sequence[Tensor | None] | None = None,
+    cu_seqlens: Tensor | Sequence[Tensor | None] | None = None,
+    scores: Tensor | None = None,
+    formula: object = None,
+    names: Sequence[str] | None = None,
+    weights: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    floor: float | Tensor = 0.0,
+    missing: str = "propagate",
+    policy_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl: str = "k3",
+    grad: str = "autograd",
+    temperature: float | Tensor = 1.0,
+    log_ratio_clamp: tuple[float, float] | None = None,
+    kl_clamp: tuple[float, float] | None = None,
+    old_logprobs: Tensor | None = None,
+    process_group: object = None,
+    placement: str = "last",
+    placement_index: Tensor | None = None,
+    dense: Tensor | None = None,
+    utility_clip: tuple[float, float] | None = None,
+) -> ShapedRewards:
+    r"""The reward half of an RLHF step: head, centring, log-sigmoid, aggregation, per-token KL, placement.
+
+    The same as ``reward_head``, ``aggregate_rewards``, ``token_kl`` and ``token_rewards`` one after another, with their
+    options and their accuracy, in one pass: on the CPU one parallel region, in which the thread that finishes a
+    sequence's last token also scores the sequence and places its rewards.
+
+    .. math:: r_{bt} = -\beta\,\mathrm{KL}_{bt} + 1[t = p(b)] \sum_k w_k \log\sigma((s_{bk} - r_{\mathrm{ref},k}) / c_k)
+
+    Args:
+        hidden: the reward model's hidden states [B, S, H], or packed [N, H] with ``cu_seqlens``; a list for K separate
+            reward models (their heads then run first). None with ``scores``.
+        weight: the heads, [K, H]; a list for separate models.
+        reference_reward: a float or a tensor that broadcasts against the scores [B, K].
+        policy: policy logits [B, T, V], or None with ``policy_logprobs``.
+        ref: reference logits [B, T, V], or None with ``ref_logprobs``.
+        actions: [B, T] ids; ``-100`` leaves a position out. Not needed with log-probabilities.
+        mask: [B, T], nonzero counts; None counts everything.
+        beta: the price of a nat of KL in units of utility.
+        bias, index, attention_mask, cu_seqlens: as in :func:`reward_head`; ``index`` is the position of ``hidden``.
+        scores: [B, K], instead of ``hidden`` and ``weight``.
+        formula, names, weights, scale, floor, missing: as in :func:`aggregate_rewards`.
+        policy_logprobs, ref_logprobs: [B, T], both, instead of logits: the softmax is skipped.
+        kl, grad, temperature, log_ratio_clamp, kl_clamp, old_logprobs, process_group: as in :func:`token_kl`.
+        placement, dense, utility_clip: as in :func:`token_rewards`.
+        placement_index: the ``index`` of :func:`token_rewards`, a position of [0, T). With ``scores``, where there is no
+            hidden state to index, ``index`` says the same.
+
+    Returns:
+        ``ShapedRewards(rewards, utility, scores, kl, logprobs, ref_logprobs, entropy)``. Given log-probabilities and
+        scores are returned as they are, and ``entropy`` is then None.
+
+    Gradients:
+        To hidden, weight, bias, scores, reference_reward, scale, weights, both models' logits or log-probabilities, and
+        dense, like its parts. First derivative only.
+
+    Raises:
+        TypeError, ValueError, IndexError: as its parts do; ValueError also where both or neither of two alternatives
+            (hidden or scores, logits or log-probabilities) are given.
+
+    Source:
+        Z. Wang et al., "Transforming and Combining Rewards for Aligning Large Language Models" (2024), arXiv:2402.00742.
+
+    Example:
+        >>> import torch, lsc_kernels as lk
+        >>> out = lk.shaped_rewards(
+        ...     None, None, torch.tensor([0.0, 0.0]), None, None, None, torch.tensor([[1, 1, 1]]), beta=0.1, kl="k1",
+        ...     scores=torch.tensor([[2.0, -1.0]]), policy_logprobs=torch.tensor([[-1.0, -2.0, -1.0]]),
+        ...     ref_logprobs=torch.tensor([[-1.0, -1.0, -3.0]]))
+        >>> [round(x, 4) for x in out.rewards[0].tolist()]
+        [0.0, 0.1, -1.6402]
+    """
+    _checks.no_process_group(process_group)
+    if (hidden is None) == (scores is None):
+        raise ValueError(
+            "give either hidden and weight, or scores; got " + ("neither" if scores is None else "both")
+        )
+    if hidden is None and placement_index is None and isinstance(index, Tensor):
+        index, placement_index = None, index
+    if hidden is not None and (isinstance(hidden, (list, tuple)) or missing == "raise"):
+        assert weight is not None
+        scores = reward_head(
+            hidden, weight, bias, attention_mask=attention_mask, index=index, cu_seqlens=cu_seqlens
+        )  # type: ignore[arg-type]
+        hidden = None
+
+    policy_side, per_token = _policy_side(
+        policy, ref, actions, mask, policy_logprobs, ref_logprobs, temperature
+    )
+    kinds = kl_from_logprobs.KINDS if policy_side.actions is None else token_kl.KINDS
+    kl_options = kl_from_logprobs.kl_options(kl, grad, log_ratio_clamp, kl_clamp, kinds)
+    placing = reward_options(beta, placement, placement_index, utility_clip)
+    _check_placement(placement_index, dense, policy_side.policy, per_token)
+    policy_side = policy_side._replace(
+        old_logprobs=_checks.old_logprobs(old_logprobs, per_token, "[B, T]", policy_side.policy.device),
+        index=placement_index,
+        dense=dense,
+    )
+    if hidden is None:
+        reward_side = RewardSide(
+            None, None, None, None, None, None, scores, 0.0, 1.0, 0.0, None, missing == "ignore"
+        )
+    else:
+        check_head(hidden, weight, bias, attention_mask, index, cu_seqlens)
+        reward_side = RewardSide(
+            hidden,
+            weight,
+            bias,
+            attention_mask,
+            index,
+            cu_seqlens,
+            None,
+            0.0,
+            1.0,
+            0.0,
+            None,
+            missing == "ignore",
+        )  # type: ignore[arg-type]
+    reward_side = _aggregation(
+        reward_side,
+        reference_reward,
+        scale,
+        floor,
+        weights,
+        formula,
+        names,
+        missing,
+        per_token[0],
+        policy_side.policy,
+    )
+
+    every = (*tensors(*reward_side), policy_side.policy, policy_side.ref, *tensors(dense))
+    kernels = select("shaped_rewards", *(tensor for tensor in every if tensor.is_floating_point()))
+    if wants_grad(*every):
+        outputs = _ShapedRewards.apply(
+            kernels, kl_options, placing, reward_side.ignore_missing, *reward_side[:-1], *policy_side
+        )
+    else:
+        outputs = kernels.forward(reward_side, policy_side, kl_options, placing)
+    rewards, utility, own_scores, divergence, logprobs, reference, entropy = outputs[:7]
+    if policy_side.actions is None:
+        logprobs, reference, entropy = policy_side.policy, policy_side.ref, None
+    return ShapedRewards(
+        rewards, utility, own_scores if reward_side.scores is None else reward_side.scores, divergence,
+        *(logprobs, reference, entropy),
+    )  # fmt: skip
+
+
+def _policy_side(
+    policy: object,
+    ref: object,
+    actions: object,
+    mask: object,
+    policy_logprobs: object,
+    ref_logprobs: object,
+    temperature: float | Tensor,
+) -> tuple[PolicySide, torch.Size]:
+    """Check what says what the two models think, and [B, T]."""
+    if (policy_logprobs is None) != (ref_logprobs is None):
+        raise ValueError("policy_logprobs and ref_logprobs go together; got only one of them")
+    if (policy is None and ref is None) == (policy_logprobs is None):
+        what = "neither" if policy_logprobs is None else "both"
+        raise ValueError(
+            f"give either policy and ref (logits), or policy_logprobs and ref_logprobs; got {what}"
+        )
+    from_logits = policy_logprobs is None
+    names = ("policy", "ref") if from_logits else ("policy_logprobs", "ref_logprobs")
+    first = _checks.floating(names[0], policy if from_logits else policy_logprobs)
+    second = _checks.floating(names[1], ref if from_logits else ref_logprobs)
+    wanted = 3 if from_logits else 2
+    if first.dim() != wanted or (from_logits and first.shape[-1] == 0):
+        form = "[B, T, V] with V > 0" if from_logits else "[B, T]"
+        raise ValueError(f"{names[0]} must be {form}; got {list(first.shape)}")
+    _checks.shape(names[1], second, first.shape, names[0])
+    _checks.same_device(names[1], second, names[0], first)
+    per_token = first.shape[:2]
+    counted = _checks.counted("mask", mask, per_token, "[B, T]", first.device)
+    if not from_logits:
+        return PolicySide(first, second, None, counted, None, 1.0, None, None), per_token
+    ids = _checks.integer("actions", actions)
+    _checks.shape("actions", ids, per_token, "[B, T]")
+    _checks.same_device("actions", ids, "policy", first)
+    # a place that an action leaves out has no reward either
+    kept = ids != IGNORE_INDEX
+    counted = kept if counted is None else counted & kept
+    tau = _checks.temperature(temperature, ids, counted, first.device)
+    return PolicySide(first, second, ids, counted, None, tau, None, None), per_token
+
+
+def _check_placement(
+    index: Tensor | None, dense: Tensor | None, policy: Tensor, per_token: torch.Size
+) -> None:
+    if index is not None:
+        _checks.integer("placement_index", index)
+        _checks.shape("placement_index", index, per_token[:1], "[B]")
+        _checks.same_device("placement_index", index, "policy", policy)
+    if dense is not None:
+        _checks.floating("dense", dense)
+        _checks.shape("dense", dense, per_token, "[B, T]")
+        _checks.same_device("dense", dense, "policy", policy)
+
+
+def _aggregation(
+    side: RewardSide,
+    reference_reward: float | Tensor,
+    scale: float | Tensor,
+    floor: float | Tensor,
+    weights: Tensor | None,
+    formula: object,
+    names: Sequence[str] | None,
+    missing: str,
+    batch: int,
+    policy: Tensor,
+) -> RewardSide:
+    """Check the reward side, and broadcast its operands against the scores [B, K]."""
+    if side.scores is not None:
+        columns = _checks.floating("scores", side.scores)
+        if columns.dim() != 2:
+            raise ValueError(f"scores must be [B, K]; got {list(columns.shape)}")
+        source = "scores"
+    else:
+        assert side.hidden is not None and side.weight is not None
+        sequences = side.hidden.shape[0] if side.cu_seqlens is None else side.cu_seqlens.shape[0] - 1
+        columns = side.weight.new_empty(1).expand(sequences, side.weight.shape[0])
+        source = "hidden"
+    if columns.shape[0] != batch:
+        raise ValueError(f"{source} must have one entry per sequence, B = {batch}; got {columns.shape[0]}")
+    _checks.same_device(source, columns, "policy", policy)
+    check_properties(columns.shape[1], formula, names, missing, policy.device)
+    if missing == "raise" and side.scores is not None:
+        check_present(side.scores)
+    if weights is not None:
+        _checks.floating("weights", weights)
+        _checks.same_device("weights", weights, "policy", policy)
+    operands = {
+        "reference_reward": operand("reference_reward", reference_reward, policy.device),
+        "scale": operand("scale", scale, policy.device),
+        "floor": operand("floor", floor, policy.device),
+        "weights": weights,
+    }
+    shaped, (reference_reward, scale, floor, weights) = spread("scores", columns, operands)
+    if shaped.shape != columns.shape:
+        raise ValueError(
+            f"reference_reward, scale, floor and weights must broadcast to [B, K] = {list(columns.shape)}; "
+            f"got {list(shaped.shape)}"
+        )
+    return side._replace(reference_reward=reference_reward, scale=scale, floor=floor, weights=weights)
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+class _ShapedRewards(torch.autograd.Function):
+    """Forward in one pass; backward through the parts of the same backend, in reverse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        kl_options: KLOptions,
+        placing: RewardOptions,
+        ignore_missing: bool,
+        *arguments: Any,
+    ) -> tuple[Tensor, ...]:
+        reward, policy = RewardSide(*arguments[:11], ignore_missing), PolicySide(*arguments[11:])
+        outputs = kernels.forward(reward, policy, kl_options, placing)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(outputs.state)
+        ctx.kernels, ctx.kl_options, ctx.placing, ctx.ignore_missing = (
+            kernels,
+            kl_options,
+            placing,
+            ignore_missing,
+        )
+        saved = [value if isinstance(value, Tensor) else None for value in arguments]
+        ctx.numbers = [None if isinstance(value, Tensor) else value for value in arguments]
+        ctx.save_for_backward(*saved, outputs.utility, outputs.scores, outputs.kl, outputs.state)
+        if reward.scores is not None:
+            outputs = outputs._replace(scores=outputs.kl.new_empty(0))
+            ctx.mark_non_differentiable(outputs.scores)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        arguments = [
+            number if tensor is None else tensor
+            for tensor, number in zip(saved[:-4], ctx.numbers, strict=True)
+        ]
+        reward, policy = RewardSide(*arguments[:11], ctx.ignore_missing), PolicySide(*arguments[11:])
+        with torch.no_grad():
+            gradients = _gradients(ctx, reward, policy, saved[-4:], upstream)
+        sources = (*upstream, *tensors(*arguments))
+        marked = (first_derivative("shaped_rewards", each, *sources) for each in gradients)
+        return None, None, None, None, *marked
+
+
+def _gradients(
+    ctx: Any,
+    reward: RewardSide,
+    policy: PolicySide,
+    saved: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """One per argument of ``_ShapedRewards`` after the options: 11 of the reward side, 8 of the policy side."""
+    kernels, wants = ctx.kernels, ctx.needs_input_grad[4:]
+    utility, scores, kl, state = saved
+    to_rewards, to_utility, to_scores, to_kl, to_logprobs, to_ref_logprobs, to_entropy, _ = upstream
+    gradients: list[Tensor | None] = [None] * len(wants)
+    wants_reward_side = any(wants[:11])
+    if to_rewards is not None:
+        from_rewards = kernels.token_rewards.backward(
+            *(to_rewards, utility, kl, policy.mask, policy.index, policy.dense, ctx.placing),
+            *(wants_reward_side, wants[11] or wants[12], wants[18]),
+        )
+        to_utility, to_kl = _sum(to_utility, from_rewards[0]), _sum(to_kl, from_rewards[1])
+        gradients[18] = from_rewards[2]
+
+    if wants_reward_side and to_utility is not None:
+        from_utility = kernels.aggregate_rewards.backward(
+            *(to_utility, scores, *reward[7:], wants[7], wants[8], wants[10])
+        )
+        to_scores = _sum(to_scores, from_utility[0])
+        gradients[7], gradients[8], gradients[10] = from_utility[1:]
+    if reward.scores is not None:
+        gradients[6] = to_scores if wants[6] else None
+    elif to_scores is not None:
+        gradients[:3] = kernels.reward_head.backward(
+            to_scores, reward.hidden, reward.weight, *reward[3:6], False, *wants[:3]
+        )
+        if gradients[2] is not None and reward.bias is not None:
+            gradients[2] = gradients[2].to(reward.bias.dtype)
+
+    if not (wants[11] or wants[12]):
+        return gradients
+    if policy.actions is not None:
+        gradients[11:13] = kernels.token_kl.backward(
+            *(
+                to_kl,
+                to_logprobs,
+                to_ref_logprobs,
+                to_entropy,
+                *policy[:6],
+                ctx.kl_options,
+                state,
+                *wants[11:13],
+            )
+        )
+    elif to_kl is not None:
+        gradients[11:13] = kernels.kl_from_logprobs.backward(
+            to_kl, policy.policy, policy.ref, policy.mask, policy.old_logprobs, ctx.kl_options
+        )
+    return gradients
