@@ -105,7 +105,6 @@ def _scoring(out: Path, folders: dict[str, Path], rows: Path) -> ScoreConfig:
 
 
 def _check(options: Options) -> None:
-    require("transformers", "datasets", "pyarrow", "rich", "matplotlib")
     if options.threads is not None and options.threads < 1:
         raise UserError(f"--threads {options.threads}: wants at least 1")
     if options.seed < 0:
@@ -116,6 +115,7 @@ def _check(options: Options) -> None:
         raise UserError(f"--out {options.out}: {problem.strerror}") from problem
     if not os.access(options.out, os.W_OK):
         raise UserError(f"--out {options.out}: cannot be written to")
+    require("transformers", "datasets", "pyarrow", "rich", "matplotlib")
 
 
 @contextmanager
