@@ -35,7 +35,6 @@ test: install
 bench: install
 	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.report
-	$(BIN)/python -m benchmarks.report
 
 lint: install
 	$(BIN)/ruff check .
