@@ -36,13 +36,15 @@ def draw(path: Path, found: Findings, cells: Sequence[Cell], shape: Shape) -> No
 
 def _draw_margins(axes: Any, found: Findings) -> None:
     z = found.margins
-    low, high = z.min(axis=0) - (1, 5), z.max(axis=0) + (1, 2)  # the legend stands below the points
+    low, high = z.min(axis=0), z.max(axis=0)
+    span = high - low
+    low, high = low - span * (0.05, 0.2), high + span * (0.1, 0.12)  # the legend stands below the points
     x, y = np.meshgrid(*np.linspace(low, high, 300).T)
     probability = np.exp(-np.logaddexp(0, -x) - np.logaddexp(0, -y))
     levels = [0.001, 0.01, 0.1, 0.5, 0.9]
     curves = axes.contour(x, y, probability, levels, colors=GOOD, linewidths=1.1)
     # Each label on the upright part of its curve, near the top.
-    places = [(np.log(p / (1 - p)), high[1] - 1) for p in levels]
+    places = [(np.log(p / (1 - p)), high[1] - 0.04 * span[1]) for p in levels]
     labels = axes.clabel(curves, fmt=lambda p: f"{100 * p:g}%", fontsize=8, manual=places)
     for label in labels:
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
@@ -65,7 +67,7 @@ def _draw_margins(axes: Any, found: Findings) -> None:
                 z[row],
                 xytext=(0, 10),
                 textcoords="offset points",
-                ha="center",
+                ha="right" if z[row, 0] > high[0] - 0.25 * span[0] else "center",
                 fontsize=9,
                 zorder=5,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
@@ -74,7 +76,8 @@ def _draw_margins(axes: Any, found: Findings) -> None:
     axes.plot([], [], color=RAW, linewidth=0.8, linestyle="--", label="equal raw sum")
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     for name, label in zip(PROPERTIES, (axes.set_xlabel, axes.set_ylabel), strict=True):
-        label(f"{name}: (score - reference reward) / {SCALES[name]:g}")
+        unit = "" if SCALES[name] == 1 else f" / {SCALES[name]:g}"
+        label(f"{name}: (score - reference reward){unit}")
     axes.set_title("A sum lets one property pay for the other; AND does not", fontsize=11)
     axes.legend(loc="lower left", fontsize=8, ncols=2, framealpha=0.9)
 
