@@ -42,7 +42,7 @@ class PolicySide(NamedTuple):
     mask: Tensor | None
     old_logprobs: Tensor | None
     temperature: float | Tensor
-    index: Tensor | None
+    place: Tensor | None
     dense: Tensor | None
 
 
@@ -65,7 +65,7 @@ def forward(
     scores = reward.scores
     if scores is None:
         assert reward.hidden is not None and reward.weight is not None
-        scores = reward_head.forward(*reward[:6], every=False)  # type: ignore[arg-type]
+        scores = reward_head.forward(reward.hidden, reward.weight, *reward[2:6], every=False)
     utility = aggregate_rewards.forward(scores, *reward[7:])
     if policy.actions is None:
         kl = kl_from_logprobs.forward(policy.policy, policy.ref, policy.mask, policy.old_logprobs, kl_options)
@@ -82,5 +82,5 @@ def forward(
             ),
             kl_options,
         )
-    rewards = token_rewards.forward(utility, kl, policy.mask, policy.index, policy.dense, reward_options)
+    rewards = token_rewards.forward(utility, kl, policy.mask, policy.place, policy.dense, reward_options)
     return Outputs(rewards, utility, scores, kl, logprobs, ref_logprobs, entropy, state)

@@ -84,7 +84,7 @@ def backward(
     temperature: float | Tensor,
     state: Tensor,
 ) -> Tensor:
-    """d log p(a) / d x_v = 1[v = a] - p_v and d entropy / d x_v = -p_v (log p_v + entropy), x = logits / temperature."""
+    """d log p(a) / d x_v = 1[v = a] - p_v, d entropy / d x_v = -p_v (log p_v + entropy); x = logits / temperature."""
     kept = counted(actions, mask)
     log_p = log_softmax(logits, temperature)
     p = log_p.exp()

@@ -38,7 +38,7 @@ def forward(
             *(policy.actions, policy.mask, old_float(policy.old_logprobs)),
             *split_temperature(policy.temperature),
             *arguments(kl_options),
-            *(policy.index, policy.dense, beta, PLACEMENTS.index(placement), low, high),
+            *(policy.place, policy.dense, beta, PLACEMENTS.index(placement), low, high),
         )
     )
     return outputs if reward.scores is None else outputs._replace(scores=reward.scores)

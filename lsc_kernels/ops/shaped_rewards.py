@@ -96,8 +96,8 @@ def shaped_rewards(
         policy_logprobs, ref_logprobs: [B, T], both, instead of logits: the softmax is skipped.
         kl, grad, temperature, log_ratio_clamp, kl_clamp, old_logprobs, process_group: as in :func:`token_kl`.
         placement, dense, utility_clip: as in :func:`token_rewards`.
-        placement_index: the ``index`` of :func:`token_rewards`, a position of [0, T). With ``scores``, where there is no
-            hidden state to index, ``index`` says the same.
+        placement_index: the ``index`` of :func:`token_rewards`, in [0, T). With ``scores``, where there is no hidden
+            state to index, ``index`` says the same.
 
     Returns:
         ``ShapedRewards(rewards, utility, scores, kl, logprobs, ref_logprobs, entropy)``. Given log-probabilities and
@@ -112,7 +112,8 @@ def shaped_rewards(
             (hidden or scores, logits or log-probabilities) are given.
 
     Source:
-        Z. Wang et al., "Transforming and Combining Rewards for Aligning Large Language Models" (2024), arXiv:2402.00742.
+        Z. Wang et al., "Transforming and Combining Rewards for Aligning Large Language Models" (2024),
+        arXiv:2402.00742.
 
     Example:
         >>> import torch, lsc_kernels as lk
@@ -130,12 +131,12 @@ def shaped_rewards(
         )
     if hidden is None and placement_index is None and isinstance(index, Tensor):
         index, placement_index = None, index
+    head: tuple[Any, ...] = (hidden, weight, bias, attention_mask, index, cu_seqlens)
     if hidden is not None and (isinstance(hidden, (list, tuple)) or missing == "raise"):
-        assert weight is not None
-        scores = reward_head(
-            hidden, weight, bias, attention_mask=attention_mask, index=index, cu_seqlens=cu_seqlens
-        )  # type: ignore[arg-type]
-        hidden = None
+        masks: dict[str, Any] = {"attention_mask": attention_mask, "index": index, "cu_seqlens": cu_seqlens}
+        scores = reward_head(hidden, weight, bias, **masks)  # type: ignore[arg-type]
+    elif hidden is not None:
+        check_head(*head)
 
     policy_side, per_token = _policy_side(
         policy, ref, actions, mask, policy_logprobs, ref_logprobs, temperature
@@ -146,40 +147,14 @@ def shaped_rewards(
     _check_placement(placement_index, dense, policy_side.policy, per_token)
     policy_side = policy_side._replace(
         old_logprobs=_checks.old_logprobs(old_logprobs, per_token, "[B, T]", policy_side.policy.device),
-        index=placement_index,
+        place=placement_index,
         dense=dense,
     )
-    if hidden is None:
-        reward_side = RewardSide(
-            None, None, None, None, None, None, scores, 0.0, 1.0, 0.0, None, missing == "ignore"
-        )
-    else:
-        check_head(hidden, weight, bias, attention_mask, index, cu_seqlens)
-        reward_side = RewardSide(
-            hidden,
-            weight,
-            bias,
-            attention_mask,
-            index,
-            cu_seqlens,
-            None,
-            0.0,
-            1.0,
-            0.0,
-            None,
-            missing == "ignore",
-        )  # type: ignore[arg-type]
+    head = head if scores is None else (None,) * 6
+    reward_side = RewardSide._make([*head, scores, 0.0, 1.0, 0.0, None, missing == "ignore"])
+    operands = {"reference_reward": reference_reward, "scale": scale, "floor": floor, "weights": weights}
     reward_side = _aggregation(
-        reward_side,
-        reference_reward,
-        scale,
-        floor,
-        weights,
-        formula,
-        names,
-        missing,
-        per_token[0],
-        policy_side.policy,
+        reward_side, operands, formula, names, missing, per_token[0], policy_side.policy
     )
 
     every = (*tensors(*reward_side), policy_side.policy, policy_side.ref, *tensors(dense))
@@ -255,10 +230,7 @@ def _check_placement(
 
 def _aggregation(
     side: RewardSide,
-    reference_reward: float | Tensor,
-    scale: float | Tensor,
-    floor: float | Tensor,
-    weights: Tensor | None,
+    operands: dict[str, Any],
     formula: object,
     names: Sequence[str] | None,
     missing: str,
@@ -282,22 +254,20 @@ def _aggregation(
     check_properties(columns.shape[1], formula, names, missing, policy.device)
     if missing == "raise" and side.scores is not None:
         check_present(side.scores)
+    weights = operands["weights"]
     if weights is not None:
         _checks.floating("weights", weights)
         _checks.same_device("weights", weights, "policy", policy)
-    operands = {
-        "reference_reward": operand("reference_reward", reference_reward, policy.device),
-        "scale": operand("scale", scale, policy.device),
-        "floor": operand("floor", floor, policy.device),
-        "weights": weights,
+    checked = {
+        name: operand(name, operands[name], policy.device) for name in ("reference_reward", "scale", "floor")
     }
-    shaped, (reference_reward, scale, floor, weights) = spread("scores", columns, operands)
+    shaped, spread_out = spread("scores", columns, {**checked, "weights": weights})
     if shaped.shape != columns.shape:
         raise ValueError(
             f"reference_reward, scale, floor and weights must broadcast to [B, K] = {list(columns.shape)}; "
             f"got {list(shaped.shape)}"
         )
-    return side._replace(reference_reward=reference_reward, scale=scale, floor=floor, weights=weights)
+    return side._replace(**dict(zip(operands, spread_out, strict=True)))
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -318,7 +288,7 @@ class _ShapedRewards(torch.autograd.Function):
         ignore_missing: bool,
         *arguments: Any,
     ) -> tuple[Tensor, ...]:
-        reward, policy = RewardSide(*arguments[:11], ignore_missing), PolicySide(*arguments[11:])
+        reward, policy = RewardSide._make([*arguments[:11], ignore_missing]), PolicySide(*arguments[11:])
         outputs = kernels.forward(reward, policy, kl_options, placing)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs.state)
@@ -343,7 +313,7 @@ class _ShapedRewards(torch.autograd.Function):
             number if tensor is None else tensor
             for tensor, number in zip(saved[:-4], ctx.numbers, strict=True)
         ]
-        reward, policy = RewardSide(*arguments[:11], ctx.ignore_missing), PolicySide(*arguments[11:])
+        reward, policy = RewardSide._make([*arguments[:11], ctx.ignore_missing]), PolicySide(*arguments[11:])
         with torch.no_grad():
             gradients = _gradients(ctx, reward, policy, saved[-4:], upstream)
         sources = (*upstream, *tensors(*arguments))
@@ -366,7 +336,7 @@ def _gradients(
     wants_reward_side = any(wants[:11])
     if to_rewards is not None:
         from_rewards = kernels.token_rewards.backward(
-            *(to_rewards, utility, kl, policy.mask, policy.index, policy.dense, ctx.placing),
+            *(to_rewards, utility, kl, policy.mask, policy.place, policy.dense, ctx.placing),
             *(wants_reward_side, wants[11] or wants[12], wants[18]),
         )
         to_utility, to_kl = _sum(to_utility, from_rewards[0]), _sum(to_kl, from_rewards[1])
