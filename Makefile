@@ -35,6 +35,7 @@ test: install
 bench: install
 	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.accuracy
 
 lint: install
 	$(BIN)/ruff check .
