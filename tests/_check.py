@@ -135,7 +135,7 @@ def check_token_kl_gradients(
                 title,
                 torch.where(keep, gradient, 0.0),
                 torch.where(keep, true, 0.0),
-                torch.where(t.kept.unsqueeze(-1), bound, 0.0),
+                torch.where(keep & t.kept.unsqueeze(-1), bound, 0.0),
             )
 
 
