@@ -106,23 +106,26 @@ def select(op: str, *tensors: torch.Tensor | None) -> ModuleType:
     """The module that serves ``op`` for these tensors (all on one device, which the op has checked)."""
     if _environment_error is not None:
         _check_environment()
-    device_type = "cpu"
+    on_cpu = True
     for tensor in tensors:
         if tensor is not None:
             if tensor.dtype is torch.float64:
                 return eager.OPS[op]
-            device_type = tensor.device.type
+            on_cpu = tensor.is_cpu
+    if on_cpu and _choice in ("auto", "native") and op in native.OPS:
+        return native.OPS[op]
     if _choice == "eager":
         return eager.OPS[op]
-    if device_type == "cpu" and op in native.OPS:
-        return native.OPS[op]
+    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
     if _choice == "auto":
         if not torch.compiler.is_compiling():
             _warn_fallback(op, device_type)
         return eager.OPS[op]
     reason = _native_reason(device_type) if _choice == "native" else _TRITON_MISSING
-    raise RuntimeError(f"{op}: backend {_choice!r} does not serve {device_type} tensors: {reason}. "
-                       "lk.set_backend('auto') lets the op choose.")  # fmt: skip
+    raise RuntimeError(
+        f"{op}: backend {_choice!r} does not serve {device_type} tensors: {reason}. "
+        "lk.set_backend('auto') lets the op choose."
+    )
 
 
 _warned: set[tuple[str, str]] = set()

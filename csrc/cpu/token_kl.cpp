@@ -1,6 +1,6 @@
 // token_kl on the CPU: KL, both log-probabilities and the entropy.
 //
-// Forward reads 2 N V logits, writes 4 N floats and what backward needs, [N, 13]. Backward reads N V (2 N V for a full
+// Forward reads 2 N V logits, writes 4 N floats and what backward needs, [N, 14]. Backward reads N V (2 N V for a full
 // divergence or a gradient to the reference) and writes each wanted gradient once.
 #include <torch/csrc/stable/library.h>
 

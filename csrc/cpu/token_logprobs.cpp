@@ -1,6 +1,6 @@
 // token_logprobs on the CPU: log-probability of the action and entropy.
 //
-// Forward reads N V logits, writes 2 N floats and what backward needs, [N, 13]. Backward reads N V, writes N V.
+// Forward reads N V logits, writes 2 N floats and what backward needs, [N, 14]. Backward reads N V, writes N V.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/token_tensors.h"

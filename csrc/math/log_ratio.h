@@ -5,14 +5,14 @@
 namespace lsc {
 namespace LSC_ISA {
 
-// (x - y) - c with one rounding at the end: e is what the subtraction x - y rounded away. Neither (x - c) - y nor
-// x - (y + c) is safe, and no compiler may reassociate this.
+// (x - y) - c, c in two floats, with one rounding at the end: e is what the subtraction x - y rounded away. Neither
+// (x - c) - y nor x - (y + c) is safe, and no compiler may reassociate this.
 template <typename F>
-inline F centred_difference(F x, F y, F c) {
+inline F centred_difference(F x, F y, F c, F c_low) {
   const F s = x - y;
   const F t = s - x;
   const F e = (x - (s - t)) - (y + t);
-  return (s - c) + e;
+  return (s - c) + (e - c_low);
 }
 
 // |delta| below which the series holds

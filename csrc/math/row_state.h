@@ -70,12 +70,16 @@ inline void recentre(RowState<Real>& row, Real to, Real temperature) {
   row.centre = to;
 }
 
-// The weighted mean of x - y: where A loses least. Rounded to float, so that kernels can subtract it exactly.
+// Nats by which a centre may move to a weighted mean. Where the mean is farther, a column that the other model nearly
+// excludes has dragged it away from all others.
+constexpr double kFarthestMean = 16;
+
+// The weighted mean of x - y, where A loses least.
 template <typename Real>
 inline Real common_centre(const RowState<Real>& a, const RowState<Real>& b, Real temperature) {
+  const Real heavier = a.S >= b.S ? a.centre : b.centre;
   const Real mean = (a.S * a.centre + b.S * b.centre + temperature * (a.D + b.D)) / (a.S + b.S);
-  const Real rounded = Real(float(mean));
-  return std::isfinite(rounded) ? rounded : (a.S >= b.S ? a.centre : b.centre);
+  return std::fabs(mean - heavier) <= Real(kFarthestMean) * temperature ? mean : heavier;
 }
 
 template <typename Real>

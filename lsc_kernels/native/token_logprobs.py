@@ -7,7 +7,7 @@ from torch import Tensor
 
 _ops = torch.ops.lsc_kernels
 
-SAVED = 13
+SAVED = 14
 """Floats that the forward pass saves per row: ``kSaved`` in csrc/cpu/kernels/rows.h."""
 
 

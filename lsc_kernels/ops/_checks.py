@@ -75,7 +75,8 @@ def number(name: str, value: object) -> float:
     """A finite float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float; got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # torch.compile traces a comparison of a symbolic float, not isfinite
+    # torch.compile traces a comparison of a symbolic float, not isfinite
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite; got {value}")
     return float(value)
 

@@ -33,6 +33,8 @@ def kl_options(
         raise ValueError(
             f"log_ratio_clamp acts on the log ratio at the action, which kl={kl!r} does not use; use kl_clamp"
         )
+    if log_ratio_clamp is None and kl_clamp is None:
+        return KLOptions(kl, grad == "straight_through")
     ratio = _checks.interval("log_ratio_clamp", log_ratio_clamp)
     return KLOptions(kl, grad == "straight_through", *ratio, *_checks.interval("kl_clamp", kl_clamp))
 

@@ -118,10 +118,8 @@ def token_kl(
     kernels = select("token_kl", policy_logits, ref_logits)
     arguments = (policy_logits, ref_logits, actions, counted, old_logprobs, temperature, options)
     if torch.is_grad_enabled() and (policy_logits.requires_grad or ref_logits.requires_grad):
-        outputs = _TokenKL.apply(kernels, *arguments)
-    else:
-        outputs = kernels.forward(*arguments)
-    return TokenKL(*outputs[:4])
+        return TokenKL(*_TokenKL.apply(kernels, *arguments))
+    return TokenKL(*kernels.forward(*arguments)[:4])
 
 
 class _TokenKL(torch.autograd.Function):
@@ -140,26 +138,24 @@ class _TokenKL(torch.autograd.Function):
         outputs: tuple[Tensor, ...] = kernels.forward(
             policy_logits, ref_logits, actions, mask, old_logprobs, temperature, options
         )
-        state = outputs[-1]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(state)
         per_row = temperature if isinstance(temperature, Tensor) else None
-        ctx.save_for_backward(policy_logits, ref_logits, actions, mask, old_logprobs, per_row, state)
-        ctx.kernels, ctx.options, ctx.temperature = kernels, options, temperature if per_row is None else 1.0
-        return outputs
+        ctx.save_for_backward(policy_logits, ref_logits, actions, mask, old_logprobs, per_row, outputs[4])
+        ctx.call = kernels, options, temperature if per_row is None else 1.0
+        return outputs[:4]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         policy_logits, ref_logits, actions, mask, old_logprobs, per_row, state = ctx.saved_tensors
-        temperature = ctx.temperature if per_row is None else per_row
+        kernels, options, temperature = ctx.call
         want_policy, want_ref = ctx.needs_input_grad[1:3]
         with torch.no_grad():
-            grad_policy, grad_ref = ctx.kernels.backward(
-                *grads[:4],
-                *(policy_logits, ref_logits, actions, mask, old_logprobs, temperature, ctx.options, state),
-                *(want_policy, want_ref),
+            grad_policy, grad_ref = kernels.backward(
+                *grads,
+                *(policy_logits, ref_logits, actions, mask, old_logprobs),
+                *(temperature if per_row is None else per_row, options, state, want_policy, want_ref),
             )
-        sources = (*grads[:4], policy_logits, ref_logits)
+        sources = (*grads, policy_logits, ref_logits)
         grad_policy = first_derivative("token_kl", grad_policy, *sources)
         grad_ref = first_derivative("token_kl", grad_ref, *sources)
         return None, grad_policy, grad_ref, None, None, None, None, None

@@ -72,10 +72,8 @@ def token_logprobs(
 
     kernels = select("token_logprobs", logits)
     if logits.requires_grad and torch.is_grad_enabled():
-        logprobs, entropy, _ = _TokenLogprobs.apply(kernels, logits, actions, counted, temperature)
-    else:
-        logprobs, entropy, _ = kernels.forward(logits, actions, counted, temperature)
-    return TokenLogprobs(logprobs, entropy)
+        return TokenLogprobs(*_TokenLogprobs.apply(kernels, logits, actions, counted, temperature))
+    return TokenLogprobs(*kernels.forward(logits, actions, counted, temperature)[:2])
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -87,24 +85,22 @@ class _TokenLogprobs(torch.autograd.Function):
         actions: Tensor,
         mask: Tensor | None,
         temperature: float | Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         logprobs, entropy, state = kernels.forward(logits, actions, mask, temperature)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(state)
         per_row = temperature if isinstance(temperature, Tensor) else None
         ctx.save_for_backward(logits, actions, mask, per_row, state)
-        ctx.kernels, ctx.temperature = kernels, temperature if per_row is None else 1.0
-        return logprobs, entropy, state
+        ctx.call = kernels, temperature if per_row is None else 1.0
+        return logprobs, entropy
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
-    ) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
         logits, actions, mask, per_row, state = ctx.saved_tensors
-        temperature = ctx.temperature if per_row is None else per_row
+        kernels, temperature = ctx.call
         with torch.no_grad():
-            grad = ctx.kernels.backward(
-                grad_logprobs, grad_entropy, logits, actions, mask, temperature, state
+            grad = kernels.backward(
+                *(grad_logprobs, grad_entropy, logits, actions, mask),
+                *(temperature if per_row is None else per_row, state),
             )
         grad = first_derivative("token_logprobs", grad, grad_logprobs, grad_entropy, logits)
         return None, grad, None, None, None

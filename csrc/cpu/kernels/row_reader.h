@@ -11,7 +11,8 @@
 // A tile whose centre turns out to be far from its weighted mean (an outlier at the largest logit) would lose A and D to
 // cancellation: it is passed over once more, still in cache, about the mean.
 //
-// Bytes read: 2 n sizeof(T). Nothing is written. Sums are floats over 16 elements of a vector lane, doubles beyond.
+// Bytes read: 2 n sizeof(T). Nothing is written. Sums are floats over 16 elements of a vector lane, doubles beyond; over 4
+// for S, where the largest logit's 1 would swallow more.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +60,8 @@ inline void prefetch(const T* p) {
 
 // About what a tile's sums are taken.
 struct Origin {
-  float main_max, other_max, centre;
+  float main_max, other_max;
+  double centre;
 };
 
 // The sums of a block of vectors. kReverse: the other model is the policy, so the entropy is its.
@@ -99,10 +101,19 @@ struct Sums {
   WideSum S, D, A, H, W, WD, V, VH;
   bool other_misses = false;
 
-  void add(const BlockSums<kReverse>& block) {
-    S.add(block.S), D.add(block.D), A.add(block.A), H.add(block.H);
+  void add_weights(BlockSums<kReverse>& block) {
+    S.add(block.S);
+    block.S = Vec(0.0f);
     if (block.any_large) {
-      W.add(block.W), WD.add(block.WD), V.add(block.V);
+      W.add(block.W);
+      block.W = Vec(0.0f);
+    }
+  }
+  void add(BlockSums<kReverse>& block) {
+    add_weights(block);
+    D.add(block.D), A.add(block.A), H.add(block.H);
+    if (block.any_large) {
+      WD.add(block.WD), V.add(block.V);
       if constexpr (kReverse) VH.add(block.VH);
       other_misses |= block.other_misses;
     }
@@ -110,7 +121,7 @@ struct Sums {
 
   RowState<double> state(const Origin& origin, double temperature) const {
     // brings the small lanes' sums, which are about m and c, to the other model's maximum
-    const double to_other = std::exp((double(origin.main_max) - origin.centre - origin.other_max) / temperature);
+    const double to_other = std::exp((origin.main_max - origin.centre - origin.other_max) / temperature);
     const double s = S.total(), d = D.total(), a = A.total(), w = W.total(), wd = WD.total(), v = V.total();
     RowState<double> out;
     out.main_max = origin.main_max, out.S = s + w, out.D = d + wd, out.A = a + scaled(v, 1 / to_other) - w + wd;
@@ -128,12 +139,15 @@ template <bool kReverse, typename T>
 inline void add_tile(
     const T* x, const T* y, int n, const Origin& origin, const PowerScale& scale, float inverse_temperature, bool more,
     Sums<kReverse>& sums) {
-  const Vec m(origin.main_max), m_other(origin.other_max), c(origin.centre), inverse(inverse_temperature);
+  const float centre = float(origin.centre);
+  const Vec m(origin.main_max), m_other(origin.other_max), inverse(inverse_temperature);
+  const Vec c(centre), c_low(float(origin.centre - centre));
   const Vec limit(kSmallLogRatio);
   const auto add = [&](Vec x0, Vec y0, Vec x1, Vec y1, BlockSums<kReverse>& block) __attribute__((always_inline)) {
     Vec u0 = x0 - m, u1 = x1 - m;
     const Vec w0 = exp_scaled(u0, scale), w1 = exp_scaled(u1, scale);
-    const Vec d0 = centred_difference(x0, y0, c) * inverse, d1 = centred_difference(x1, y1, c) * inverse;
+    const Vec d0 = centred_difference(x0, y0, c, c_low) * inverse;
+    const Vec d1 = centred_difference(x1, y1, c, c_low) * inverse;
     const Mask small0 = abs(d0) < limit, small1 = abs(d1) < limit;
     if constexpr (!kReverse) {
       block.H = fma(w0, u0, block.H);
@@ -150,11 +164,16 @@ inline void add_tile(
   int first = 0;
   for (; first + kBlock <= n; first += kBlock) {
     BlockSums<kReverse> block;
-    for (int i = first; i < first + kBlock; i += 2 * Vec::kLanes) {
+    for (int i = first; i < first + kBlock; i += 4 * Vec::kLanes) {
+      const int half = i + 2 * Vec::kLanes;
       if (more) prefetch(x + kTile<T> + i), prefetch(y + kTile<T> + i);
+      if (more) prefetch(x + kTile<T> + half), prefetch(y + kTile<T> + half);
       Vec x0, x1, y0, y1;
       load_two(x + i, x0, x1), load_two(y + i, y0, y1);
       add(x0, y0, x1, y1, block);
+      load_two(x + half, x0, x1), load_two(y + half, y0, y1);
+      add(x0, y0, x1, y1, block);
+      sums.add_weights(block);
     }
     sums.add(block);
   }
@@ -164,6 +183,7 @@ inline void add_tile(
     const int left = n - i < Vec::kLanes ? n - i : Vec::kLanes;
     const Vec none(-INFINITY);
     add(load_first(x + i, left, -INFINITY), load_first(y + i, left, -INFINITY), none, none, block);
+    sums.add_weights(block);
   }
   sums.add(block);
 }
@@ -201,7 +221,7 @@ class RowReader {
   void absorb() {
     if (!pending_) return;
     merge(row_, sums_.state(origin_, temperature_), temperature_, kReverse);
-    origin_.centre = float(row_.centre);
+    origin_.centre = row_.centre;
     sums_ = Sums<kReverse>();
     pending_ = false;
   }
@@ -216,20 +236,20 @@ class RowReader {
   template <typename T>
   void new_centre(const T* x, const T* y, int n, bool more, float main_max, float other_max) {
     const int largest = tile_find(x, n, main_max);
-    const float difference = to_float(x[largest]) - to_float(y[largest]);
+    const double difference = double(to_float(x[largest])) - to_float(y[largest]);
     Origin origin;
-    origin.centre = std::isfinite(difference) ? difference : 0.0f;
+    origin.centre = std::isfinite(difference) ? difference : 0.0;
     // where one model, or both, are -inf all over, any finite scale serves
     origin.main_max = main_max > -INFINITY ? main_max : other_max > -INFINITY ? other_max : 0.0f;
-    origin.other_max = other_max > -INFINITY ? other_max : origin.main_max - origin.centre;
+    origin.other_max = other_max > -INFINITY ? other_max : float(origin.main_max - origin.centre);
     RowState<double> tile = sums_about(x, y, n, more, origin);
-    // the mean is an outlier to most of the tile, E[delta]^2 > 3/4 E[delta^2], or out of reach of the series
+    // the centre is an outlier to most of the tile, E[delta]^2 > 3/4 E[delta^2], or far from it
     if (tile.D * tile.D > 1.5 * tile.A * tile.S || std::fabs(tile.D) > kSmallLogRatio * tile.S) {
-      const float mean = float(origin.centre + temperature_ * tile.D / tile.S);
-      if (std::isfinite(mean)) {
-        origin.centre = mean;
-        tile = sums_about(x, y, n, false, origin);
-      }
+      Origin mean = origin;
+      mean.centre += temperature_ * tile.D / tile.S;
+      const RowState<double> again = sums_about(x, y, n, false, mean);
+      // else the mean is an outlier too, dragged away by a column that the other model nearly excludes
+      if (again.A < 0.5 * again.S) tile = again;
     }
     if (started_) {
       absorb();
@@ -239,7 +259,7 @@ class RowReader {
       started_ = true;
     }
     main_seen_ |= main_max > -INFINITY, other_seen_ |= other_max > -INFINITY;
-    origin_ = {float(row_.main_max), float(row_.other_max), float(row_.centre)};
+    origin_ = {float(row_.main_max), float(row_.other_max), row_.centre};
   }
 
   double temperature_;
@@ -272,20 +292,22 @@ class LogprobReader {
       S = S + w;
       H = fma(w, u, H);
     };
-    int first = 0;
-    for (; first + kBlock <= n; first += kBlock) {
-      Vec S0(0.0f), S1(0.0f), H0(0.0f), H1(0.0f);
-      for (int i = first; i < first + kBlock; i += 2 * Vec::kLanes) {
-        if (more) prefetch(x + kTile<T> + i);
-        Vec x0, x1;
-        load_two(x + i, x0, x1);
-        add(x0, S0, H0), add(x1, S1, H1);
-      }
+    int i = 0;
+    for (; i + 4 * Vec::kLanes <= n; i += 4 * Vec::kLanes) {
+      const int half = i + 2 * Vec::kLanes;
+      if (more) prefetch(x + kTile<T> + i), prefetch(x + kTile<T> + half);
+      Vec S0(0.0f), S1(0.0f), H0(0.0f), H1(0.0f), x0, x1;
+      load_two(x + i, x0, x1);
+      add(x0, S0, H0), add(x1, S1, H1);
+      load_two(x + half, x0, x1);
+      add(x0, S0, H0), add(x1, S1, H1);
       S_.add(S0), S_.add(S1), H_.add(H0), H_.add(H1);
     }
-    Vec S(0.0f), H(0.0f);
-    for (int i = first; i < n; i += Vec::kLanes) add(load_first(x + i, n - i < Vec::kLanes ? n - i : Vec::kLanes, -INFINITY), S, H);
-    S_.add(S), H_.add(H);
+    for (; i < n; i += Vec::kLanes) {
+      Vec S(0.0f), H(0.0f);
+      add(load_first(x + i, n - i < Vec::kLanes ? n - i : Vec::kLanes, -INFINITY), S, H);
+      S_.add(S), H_.add(H);
+    }
   }
 
   // a RowState without another model

@@ -37,8 +37,8 @@ struct KLArguments {
 // kMeanLogit is the mean of (x - m)/T under pi, kOffset is L - KL(pi || ref) or L + KL(ref || pi): differences that
 // would cancel if they were taken from saved floats.
 enum Saved {
-  kMax, kInverseS, kMeanLogit, kRefMax, kInverseRefS, kCentre, kL, kOffset, kDivergence,
-  kLogRatio, kLogRatioLow, kLogprob, kLogprobLow, kSaved  // two floats each: estimators take exp of them
+  kMax, kInverseS, kMeanLogit, kRefMax, kRefLogS, kL, kOffset, kDivergence, kCentre, kCentreLow,
+  kLogRatio, kLogRatioLow, kLogprob, kLogprobLow, kSaved  // two floats each
 };
 
 struct TokenOutputs {

@@ -190,8 +190,8 @@ inline void write_row(
   save_double(logprob, saved + kLogprob);
   if (!kl) return;
   saved[kRefMax] = float(pair.ref.max);
-  saved[kInverseRefS] = float(1 / pair.ref.S);
-  saved[kCentre] = float(pair.centre);
+  saved[kRefLogS] = float(pair.ref.log_S);
+  save_double(pair.centre, saved + kCentre);
   saved[kL] = float(pair.L);
   saved[kOffset] = float(is_reverse(kl) ? pair.L + pair.divergence : pair.L - pair.divergence);
   saved[kDivergence] = float(pair.divergence);
@@ -247,12 +247,14 @@ inline Coefficients coefficients(const TokenRows& rows, int64_t row, const KLArg
 template <bool kReference>
 struct RowGradient {
   PowerScale scale;
-  Vec m, inverse_S, m_ref, inverse_ref_S, centre, L, inverse;
+  Vec m, inverse_S, m_ref, inverse_ref_S, centre, centre_low, L, small_limit, inverse;
   Vec p0, p_logit, p_delta, p_minus_q, q0, q_delta, q_minus_p;
 
   RowGradient(const float* saved, const Coefficients& c, double temperature)
       : scale(temperature), m(saved[kMax]), inverse_S(saved[kInverseS]), m_ref(saved[kRefMax]),
-        inverse_ref_S(saved[kInverseRefS]), centre(saved[kCentre]), L(saved[kL]), inverse(float(1 / temperature)),
+        inverse_ref_S(std::exp(-saved[kRefLogS])), centre(saved[kCentre]), centre_low(saved[kCentreLow]), L(saved[kL]),
+        // a large L has rounded away what small log ratios differ by
+        small_limit(std::fabs(saved[kL]) < kSmallLogRatio ? kSmallLogRatio : 0.0f), inverse(float(1 / temperature)),
         p0(float(c.p0)), p_logit(float(c.p_logit / temperature)), p_delta(float(c.p_delta)),
         p_minus_q(float(c.p_minus_q)), q0(float(c.q0)), q_delta(float(c.q_delta)), q_minus_p(float(c.q_minus_p)) {}
 
@@ -261,13 +263,13 @@ struct RowGradient {
     const Vec p = exp_scaled(u, scale) * inverse_S;
     to_policy = p * fma(p_logit, u, p0);
     if constexpr (kReference) {
-      const Vec unlimited = centred_difference(x, y, centre) * inverse;
+      const Vec unlimited = centred_difference(x, y, centre, centre_low) * inverse;
       // a column that either model excludes has no finite log ratio, and no weight
       const Vec delta = select(abs(unlimited) < Vec(INFINITY), unlimited, Vec(0.0f));
       to_policy = fma(p * p_delta, delta, to_policy);
       // p - q = -p expm1(-d) = p (d - d^2 P(d)), without the cancellation of nearly equal columns
       const Vec d = unlimited + L;
-      const Mask small = abs(d) < Vec(kSmallLogRatio);
+      const Mask small = abs(d) < small_limit;
       Vec difference = p * (d - d * d * expm1_remainder(d));
       Vec q = p - difference;
       if (!all(small)) {
@@ -305,10 +307,10 @@ inline void write_action(const X* x, const Y* y, int64_t action, const float* sa
   double policy = c.policy_action + scaled(p, c.p0 + scaled(c.p_logit, logit));
   if (y) {
     const double d = saved_double(saved + kLogRatio);
-    const double raw = (double(to_float(x[action])) - to_float(y[action]) - saved[kCentre]) / temperature;
+    const double raw = (double(to_float(x[action])) - to_float(y[action]) - saved_double(saved + kCentre)) / temperature;
     const double delta = std::isfinite(raw) ? raw : 0;
-    const double q = std::exp((to_float(y[action]) - double(saved[kRefMax])) / temperature) * saved[kInverseRefS];
-    const double difference = std::isfinite(d) ? -p * std::expm1(-d) : p - q;
+    const double q = std::exp((to_float(y[action]) - double(saved[kRefMax])) / temperature - saved[kRefLogS]);
+    const double difference = std::fabs(d) < kSmallLogRatio ? -p * std::expm1(-d) : p - q;
     policy += scaled(p, scaled(c.p_delta, delta)) + scaled(difference, c.p_minus_q);
     if (to_ref) {
       from_float(float(c.ref_action + scaled(q, c.q0 + scaled(c.q_delta, delta)) - scaled(difference, c.q_minus_p)), to_ref + action);
