@@ -38,10 +38,10 @@ struct RewardTensors {
     torch::stable::parallel_for(0, kl.size(0), per_task, rows);
   }
 
-  [[noreturn]] void index_is_outside(int64_t row) const {
+  [[noreturn]] void index_is_outside(const std::string& name, int64_t row) const {
     const int64_t given = kernel.index_is_int32 ? static_cast<const int32_t*>(kernel.index)[row]
                                                 : static_cast<const int64_t*>(kernel.index)[row];
-    throw std::out_of_range("index must be in [0, T) with T = " + std::to_string(kernel.length) + "; got " + std::to_string(given));
+    throw std::out_of_range(name + " must be in [0, T) with T = " + std::to_string(kernel.length) + "; got " + std::to_string(given));
   }
 };
 

@@ -115,7 +115,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
       estimate(floats(policy_logprobs), floats(reference), data_or_null<bool>(counted), options, floats(kl), begin, end);
     });
   }
-  if (sequences.outside >= 0) placing.index_is_outside(sequences.outside);
+  if (sequences.outside >= 0) placing.index_is_outside("placement_index", sequences.outside);
   return {rewards, utility, scores, kl, logprobs, ref_logprobs, entropy, saved};
 }
 

@@ -18,7 +18,7 @@ static Tensor forward(
     const int64_t row = rows(inputs.kernel, floats(rewards), begin, end);
     if (row >= 0) outside = row;
   });
-  if (outside >= 0) inputs.index_is_outside(outside);
+  if (outside >= 0) inputs.index_is_outside("index", outside);
   return rewards;
 }
 

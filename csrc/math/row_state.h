@@ -3,10 +3,11 @@
 //
 // Design constraint: near pi = pi_ref the KL is the small remainder of large cancelling sums. So the state never holds
 // sum p log(p/q); it holds sums of delta = (x - y)/T - c, the log ratio about a centre c, each taken from an exact
-// difference, and of expm1(-delta) + delta, whose terms are never negative.
+// difference, and of expm1(-delta) + delta, whose terms are never negative. B = A - D is kept beside them: a column whose
+// delta is large is in both, and would take the others' digits along when they are subtracted.
 //
 //     x, y   raw logits of the main and the other model      T     temperature
-//     main, weights w = e^((x - m)/T)                        S = sum w,  D = sum w delta,
+//     main, weights w = e^((x - m)/T)                        S = sum w,  D = sum w delta,  B = sum w expm1(-delta),
 //                                                            A = sum w (expm1(-delta) + delta)
 //     other, weights v = e^((y - m')/T)                      S' = sum v
 //     H = sum of weight times (logit - maximum)/T, of the policy
@@ -31,7 +32,7 @@ inline Real scaled(Real value, Real factor) {
 template <typename Real>
 struct RowState {
   // The maxima are finite, also where S or S' is 0 because every logit so far was -inf: then they are only a scale.
-  Real main_max = 0, S = 0, D = 0, A = 0;
+  Real main_max = 0, S = 0, D = 0, A = 0, B = 0;
   Real other_max = 0, other_S = 0;
   Real H = 0;
   Real centre = 0;            // c, in units of the raw logits
@@ -48,7 +49,8 @@ template <typename Real>
 inline void rescale_main(RowState<Real>& row, Real to, Real temperature, bool is_policy) {
   const Real shift = (row.main_max - to) / temperature, factor = std::exp(shift);
   if (is_policy) row.H = rescaled_entropy_sum(row.H, row.S, shift);
-  row.S = scaled(row.S, factor), row.D = scaled(row.D, factor), row.A = scaled(row.A, factor);
+  row.S = scaled(row.S, factor), row.D = scaled(row.D, factor);
+  row.A = scaled(row.A, factor), row.B = scaled(row.B, factor);
   row.main_max = to;
 }
 
@@ -64,8 +66,10 @@ template <typename Real>
 inline void recentre(RowState<Real>& row, Real to, Real temperature) {
   const Real g = (to - row.centre) / temperature;
   if (g == 0) return;
-  const Real B = row.A - row.D, e = std::expm1(g);
-  row.A += e * B + (e - g) * row.S;
+  // with delta - g for delta; e^g A and not A + expm1(g) A, which loses what is left of an A that was e^-g times larger
+  const Real e = std::expm1(g), power = std::exp(g);
+  row.A = scaled(row.A, power) - e * row.D + (e - g) * row.S;
+  row.B = scaled(row.B, power) + e * row.S;
   row.D -= g * row.S;
   row.centre = to;
 }
@@ -98,7 +102,7 @@ inline void merge(RowState<Real>& a, RowState<Real> b, Real temperature, bool re
   rescale_other(a, other_max, temperature, reverse), rescale_other(b, other_max, temperature, reverse);
   const Real centre = common_centre(a, b, temperature);
   recentre(a, centre, temperature), recentre(b, centre, temperature);
-  a.S += b.S, a.D += b.D, a.A += b.A;
+  a.S += b.S, a.D += b.D, a.A += b.A, a.B += b.B;
   a.other_S += b.other_S, a.H += b.H;
   a.other_misses |= b.other_misses;
 }
@@ -127,7 +131,7 @@ inline RowSummary<Real> summarise(const RowState<Real>& row, Real temperature) {
   out.log_S = row.S > 0 ? std::log(row.S) : Real(NAN);
   out.log_other_S = row.other_S > 0 ? std::log(row.other_S) : Real(NAN);
   const Real direct = out.log_other_S - out.log_S - ((row.main_max - row.other_max) - row.centre) / temperature;
-  const Real b = (row.A - row.D) / row.S, L = std::log1p(b);
+  const Real b = row.B / row.S, L = std::log1p(b);
   out.near = std::fabs(b) < Real(0.5) && row.A < Real(0.5) * row.S && std::fabs(L - direct) < Real(1e-4);
   out.L = out.near ? L : direct;
   out.kl = out.near ? row.A / row.S - b_minus_log1p(b) : row.D / row.S + out.L;

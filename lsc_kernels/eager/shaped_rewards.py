@@ -82,5 +82,8 @@ def forward(
             ),
             kl_options,
         )
-    rewards = token_rewards.forward(utility, kl, policy.mask, policy.place, policy.dense, reward_options)
+    try:
+        rewards = token_rewards.forward(utility, kl, policy.mask, policy.place, policy.dense, reward_options)
+    except IndexError as error:
+        raise IndexError(f"placement_{error}") from None
     return Outputs(rewards, utility, scores, kl, logprobs, ref_logprobs, entropy, state)

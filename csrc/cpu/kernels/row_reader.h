@@ -124,7 +124,8 @@ struct Sums {
     const double to_other = std::exp((origin.main_max - origin.centre - origin.other_max) / temperature);
     const double s = S.total(), d = D.total(), a = A.total(), w = W.total(), wd = WD.total(), v = V.total();
     RowState<double> out;
-    out.main_max = origin.main_max, out.S = s + w, out.D = d + wd, out.A = a + scaled(v, 1 / to_other) - w + wd;
+    const double large = scaled(v, 1 / to_other) - w;  // sum w expm1(-delta) of the large lanes
+    out.main_max = origin.main_max, out.S = s + w, out.D = d + wd, out.A = a + (large + wd), out.B = (a - d) + large;
     out.other_max = origin.other_max, out.other_S = scaled(s + a - d, to_other) + v;
     out.H = (kReverse ? scaled(H.total(), to_other) + VH.total() : H.total()) / temperature;
     out.centre = origin.centre;

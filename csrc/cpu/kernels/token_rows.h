@@ -170,14 +170,18 @@ inline void write_row(
   double d = 0;
   if (kl) {
     const float y = logit_at(rows.ref, row, action);
+    const double ref_logprob = pair.ref.logprob(y, temperature);
+    // models that nearly agree are told by their difference, others by their log-probabilities
+    d = (double(x) - y - pair.centre) / temperature + pair.L;
+    const bool by_difference = pair.near && std::isfinite(d);
+    if (!by_difference) d = logprob - ref_logprob;
     // equal logits agree exactly, -inf included; and one column leaves nothing to differ
     const bool equal = (x == y && std::isinf(x)) || rows.vocabulary == 1;
-    d = equal && !std::isnan(pair.L) ? 0 : (double(x) - y - pair.centre) / temperature + pair.L;
+    if (equal && !std::isnan(pair.L)) d = 0;
     if (rows.vocabulary == 1) pair.divergence = scaled(pair.divergence, 0.0);
     const double log_weight = kl->old_logprobs ? logprob - kl->old_logprobs[row] : 0;
     out.kl[row] = float(evaluate_kl(d, pair.divergence, kl->old_logprobs ? &log_weight : nullptr, options_of(*kl)).kl);
-    // a reference that nearly agrees is told by the difference
-    out.ref_logprobs[row] = float(pair.near && std::isfinite(d) ? logprob - d : pair.ref.logprob(y, temperature));
+    out.ref_logprobs[row] = float(by_difference ? logprob - d : ref_logprob);
   }
   out.logprobs[row] = float(logprob);
   out.entropy[row] = float(entropy);
@@ -300,21 +304,24 @@ inline void write_gradient(const X* x, const Y* y, int64_t n, const RowGradient<
   }
 }
 
-// The action's column again, in double: 1 - p would lose it where p is nearly 1.
+// The action's column again, in double.
 template <typename X, typename Y>
 inline void write_action(const X* x, const Y* y, int64_t action, const float* saved, const Coefficients& c, double temperature, X* to_policy, Y* to_ref) {
-  const double logit = (to_float(x[action]) - double(saved[kMax])) / temperature, p = std::exp(saved_double(saved + kLogprob));
-  double policy = c.policy_action + scaled(p, c.p0 + scaled(c.p_logit, logit));
+  const double logit = (to_float(x[action]) - double(saved[kMax])) / temperature;
+  const double logprob = saved_double(saved + kLogprob), p = std::exp(logprob);
+  // 1 - p = -expm1(log p) keeps what is left where p is nearly 1
+  double policy = scaled(c.policy_action, -std::expm1(logprob)) + scaled(p, c.p0 + c.policy_action + scaled(c.p_logit, logit));
   if (y) {
     const double d = saved_double(saved + kLogRatio);
     const double raw = (double(to_float(x[action])) - to_float(y[action]) - saved_double(saved + kCentre)) / temperature;
     const double delta = std::isfinite(raw) ? raw : 0;
-    const double q = std::exp((to_float(y[action]) - double(saved[kRefMax])) / temperature - saved[kRefLogS]);
+    const double ref_logprob = (to_float(y[action]) - double(saved[kRefMax])) / temperature - saved[kRefLogS];
+    const double q = std::exp(ref_logprob);
     const double difference = std::fabs(d) < kSmallLogRatio ? -p * std::expm1(-d) : p - q;
     policy += scaled(p, scaled(c.p_delta, delta)) + scaled(difference, c.p_minus_q);
-    if (to_ref) {
-      from_float(float(c.ref_action + scaled(q, c.q0 + scaled(c.q_delta, delta)) - scaled(difference, c.q_minus_p)), to_ref + action);
-    }
+    const double ref = scaled(c.ref_action, -std::expm1(ref_logprob)) +
+                       scaled(q, c.q0 + c.ref_action + scaled(c.q_delta, delta)) - scaled(difference, c.q_minus_p);
+    if (to_ref) from_float(float(ref), to_ref + action);
   }
   if (to_policy) from_float(float(policy), to_policy + action);
 }
