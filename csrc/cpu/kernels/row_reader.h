@@ -55,7 +55,7 @@ inline int tile_find(const T* x, int n, float value) {
 
 template <typename T>
 inline void prefetch(const T* p) {
-  __builtin_prefetch(p, 0, 2);
+  __builtin_prefetch(p, 0, 3);
 }
 
 // About what a tile's sums are taken.
