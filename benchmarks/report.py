@@ -182,7 +182,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     axes.set_title(
         f"token_kl, {shape_of(chosen[0])}\n{results['cpu']}, {results['threads']} threads", fontsize=9
     )
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(exist_ok=True)
     drawing.savefig(path, dpi=150)
