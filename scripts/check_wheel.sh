@@ -23,7 +23,7 @@ fi
 import sys, zipfile
 names = zipfile.ZipFile(sys.argv[1]).namelist()
 stray = [name for name in names if not name.startswith(("lsc_kernels/", "lsc_kernels-"))]
-modules = [name for name in names if name.startswith("lsc_kernels/_C.")]
+modules = [name for name in names if name.startswith("lsc_kernels/_C.") and not name.endswith(".pyi")]
 assert not stray, f"outside the package: {stray}"
 assert len(modules) == 1, f"wanted one compiled module, got {modules}"
 assert {"lsc_kernels/py.typed", "lsc_kernels/_build_info.py"} <= set(names)

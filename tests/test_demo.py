@@ -299,12 +299,11 @@ def test_the_textbook_formulas_are_right_where_policies_differ() -> None:
         torch.testing.assert_close(textbook.double(), expected[kind], rtol=1e-4, atol=1e-5)
 
 
-def test_a_torch_compile_that_fails_is_told_in_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_compile_that_fails_is_told_in_its_cell() -> None:
     import torch._inductor.config as inductor
     from torch._inductor.utils import fresh_cache
 
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/nonexistent/compiler"))
-    with fresh_cache():
+    with inductor.patch({"cpp.cxx": (None, "/nonexistent/compiler")}), fresh_cache():
         cells = speed.measure(speed.Shape(rows=2, vocab=301, repeats=1, compiled=True), seed=0)
     for cell in cells:
         if cell.device == "cpu" and cell.way == speed.COMPILED:
