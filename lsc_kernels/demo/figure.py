@@ -60,7 +60,7 @@ def _draw_margins(axes: Any, found: Findings) -> None:
         axes.scatter(*z[which].T, s=22, marker=marker, color=colour, linewidths=1, label=label, zorder=3)
     case = found.fooled()
     if case is not None:
-        for row, text in zip(case, ("raw sum's first", "LSC-AND's first"), strict=True):
+        for row, text in zip(case.rows, (f"{case.rule}'s first", "LSC-AND's first"), strict=True):
             axes.scatter(*z[row], s=130, facecolors="none", edgecolors="black", linewidths=1.4, zorder=4)
             axes.annotate(
                 text,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +14,14 @@ from .data import PROPERTIES, Response, Split
 
 _SCALES = np.array([SCALES[name] for name in PROPERTIES], dtype=np.float32)
 FAILING_GRADE = 1  # of 5: what a judge gives an answer that is no good to him
+
+
+class Fooled(NamedTuple):
+    """A sum of the scores, and the rows that it and LSC-AND put first for one request."""
+
+    rule: str
+    total: np.ndarray
+    rows: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -54,15 +63,22 @@ class Findings:
             rows_of.setdefault(response.prompt, []).append(row)
         return np.array([rows[int(np.argmax(by[rows]))] for rows in rows_of.values()])
 
-    def fooled(self) -> tuple[int, int] | None:
-        """(row the raw sum puts first, row LSC-AND puts first) where the raw sum is fooled most, or None.
+    def fooled(self) -> Fooled | None:
+        """Where a sum is fooled most: the raw one, or if nowhere, the one in equal units. None: neither anywhere.
 
         Fooled: its first choice fails a judge, and that of LSC-AND does not. Most: where its choice is
         least probably good, compared with that of LSC-AND.
         """
-        pairs = zip(self.first(self.raw_sum), self.first(self.utility), strict=True)
-        cases = [(int(raw), int(lsc)) for raw, lsc in pairs if self.failing[raw] and not self.failing[lsc]]
-        return max(cases, key=lambda case: self.utility[case[1]] - self.utility[case[0]], default=None)
+        best = self.first(self.utility)
+        for rule, total in (("raw sum", self.raw_sum), ("sum in equal units", self.rescaled_sum)):
+            pairs = zip(self.first(total), best, strict=True)
+            cases = [
+                (int(row), int(lsc)) for row, lsc in pairs if self.failing[row] and not self.failing[lsc]
+            ]
+            if cases:
+                rows = max(cases, key=lambda case: self.utility[case[1]] - self.utility[case[0]])
+                return Fooled(rule, total, rows)
+        return None
 
 
 def read(path: Path, split: Split) -> Findings:

@@ -140,10 +140,12 @@ class Teller:
     def _fooled(self, found: Findings) -> None:
         case = found.fooled()
         if case is None:
-            self._say("With this seed the raw sum was fooled nowhere that LSC-AND was not.")
+            self._say("With this seed neither sum was fooled where LSC-AND was not.")
             return
-        self._say(f"Where the raw sum is fooled most: [bold]{_request(found.responses[case[0]].prompt)}[/]")
-        for rule, row in zip(("raw sum", "LSC-AND"), case, strict=True):
+        self._say(
+            f"Where the {case.rule} is fooled most: [bold]{_request(found.responses[case.rows[0]].prompt)}[/]"
+        )
+        for rule, row in zip((case.rule, "LSC-AND"), case.rows, strict=True):
             scores = ", ".join(
                 f"{name} {score:+.1f} (reference {reference:+.1f})"
                 for name, score, reference in zip(
@@ -151,7 +153,7 @@ class Teller:
                 )
             )
             self._say(
-                f"  {rule} ranks first: {scores}; raw sum {found.raw_sum[row]:+.1f}, "
+                f"  {rule} ranks first: {scores}; {case.rule} {case.total[row]:+.1f}, "
                 f"P(good in both) {np.exp(found.utility[row]):.2g}"
             )
             self.console.print(Padding(Text(found.responses[row].response.strip(), "italic"), (0, 0, 0, 4)))
