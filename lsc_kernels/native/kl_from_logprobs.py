@@ -18,8 +18,8 @@ def arguments(options: KLOptions) -> tuple[int, bool, float, float, float, float
     return KINDS.index(options.kind), *options[1:]
 
 
-def old_float(old_logprobs: Tensor | None) -> Tensor | None:
-    return None if old_logprobs is None else old_logprobs.float()
+def float_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
 
 
 def forward(
@@ -30,7 +30,7 @@ def forward(
     options: KLOptions,
 ) -> Tensor:
     result: Tensor = _ops.kl_from_logprobs_forward(
-        logprobs.float(), ref_logprobs.float(), mask, old_float(old_logprobs), *arguments(options)
+        logprobs.float(), ref_logprobs.float(), mask, float_or_none(old_logprobs), *arguments(options)
     )
     return result
 
@@ -44,7 +44,7 @@ def backward(
     options: KLOptions,
 ) -> tuple[Tensor, Tensor]:
     to_logprobs, to_ref = _ops.kl_from_logprobs_backward(
-        grad, logprobs.float(), ref_logprobs.float(), mask, old_float(old_logprobs), *arguments(options)
+        grad, logprobs.float(), ref_logprobs.float(), mask, float_or_none(old_logprobs), *arguments(options)
     )
     return to_logprobs.to(logprobs.dtype), to_ref.to(ref_logprobs.dtype)
 

@@ -9,7 +9,7 @@ from lsc_kernels.eager.kl_from_logprobs import KLOptions
 from lsc_kernels.eager.shaped_rewards import Outputs, PolicySide, RewardSide
 from lsc_kernels.eager.token_rewards import RewardOptions
 from lsc_kernels.native import aggregate_rewards, kl_from_logprobs, reward_head, token_kl, token_rewards
-from lsc_kernels.native.kl_from_logprobs import arguments, old_float
+from lsc_kernels.native.kl_from_logprobs import arguments, float_or_none
 from lsc_kernels.native.lsc_transform import operand
 from lsc_kernels.native.token_logprobs import SAVED, split_temperature
 from lsc_kernels.native.token_rewards import PLACEMENTS
@@ -19,10 +19,6 @@ __all__ = ["aggregate_rewards", "forward", "kl_from_logprobs", "reward_head", "t
 _ops = torch.ops.lsc_kernels
 
 
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
-
-
 def forward(
     reward: RewardSide, policy: PolicySide, kl_options: KLOptions, reward_options: RewardOptions
 ) -> Outputs:
@@ -30,12 +26,12 @@ def forward(
     from_logits = policy.actions is not None
     outputs = Outputs(
         *_ops.shaped_rewards_forward(
-            *(reward.hidden, _float(reward.weight), _float(reward.bias)),
+            *(reward.hidden, float_or_none(reward.weight), float_or_none(reward.bias)),
             *(reward.attention_mask, reward.head_index, reward.cu_seqlens, reward.scores),
             *(*operand(reward.reference_reward), *operand(reward.scale), *operand(reward.floor)),
-            *(_float(reward.weights), reward.ignore_missing),
+            *(float_or_none(reward.weights), reward.ignore_missing),
             *(policy.policy, policy.ref) if from_logits else (policy.policy.float(), policy.ref.float()),
-            *(policy.actions, policy.mask, old_float(policy.old_logprobs)),
+            *(policy.actions, policy.mask, float_or_none(policy.old_logprobs)),
             *split_temperature(policy.temperature),
             *arguments(kl_options),
             *(policy.place, policy.dense, beta, PLACEMENTS.index(placement), low, high),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
-from lsc_kernels.native.kl_from_logprobs import arguments, old_float
+from lsc_kernels.native.kl_from_logprobs import arguments, float_or_none
 from lsc_kernels.native.token_logprobs import new_rows, split_temperature
 
 _ops = torch.ops.lsc_kernels
@@ -22,7 +22,7 @@ def forward(
     options: KLOptions,
 ) -> tuple[Tensor, ...]:
     outputs: tuple[Tensor, ...] = _ops.token_kl_forward(
-        *(policy_logits, ref_logits, actions, mask, old_float(old_logprobs)),
+        *(policy_logits, ref_logits, actions, mask, float_or_none(old_logprobs)),
         *split_temperature(temperature),
         *arguments(options),
     )
@@ -47,7 +47,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     policy, ref = _ops.token_kl_backward(
         *(grad_kl, grad_logprobs, grad_ref_logprobs, grad_entropy),
-        *(policy_logits, ref_logits, actions, mask, old_float(old_logprobs)),
+        *(policy_logits, ref_logits, actions, mask, float_or_none(old_logprobs)),
         *split_temperature(temperature),
         *arguments(options),
         *(state, want_policy, want_ref),
