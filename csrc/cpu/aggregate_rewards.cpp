@@ -15,9 +15,9 @@ Sizes without_last(const Tensor& tensor) { return {tensor.sizes().data(), size_t
 static Tensor forward(
     Tensor scores, std::optional<Tensor> reference_reward, double reference_number, std::optional<Tensor> scale,
     double scale_number, std::optional<Tensor> floor, double floor_number, std::optional<Tensor> weights,
-    bool ignore_missing) {
+    bool ignore_missing, ProgramNumbers program) {
   const AggregateTensors inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights,
-                                ignore_missing);
+                                ignore_missing, program);
   const Tensor utility = empty_large(without_last(inputs.scores), torch::headeronly::ScalarType::Float);
   float* out = floats(utility);
   auto* kernel = LSC_DISPATCH_ISA(aggregate_forward);
@@ -30,9 +30,10 @@ static Tensor forward(
 static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor scores, std::optional<Tensor> reference_reward, double reference_number,
     std::optional<Tensor> scale, double scale_number, std::optional<Tensor> floor, double floor_number,
-    std::optional<Tensor> weights, bool ignore_missing, bool want_reference, bool want_scale, bool want_weights) {
+    std::optional<Tensor> weights, bool ignore_missing, ProgramNumbers program, bool want_reference, bool want_scale,
+    bool want_weights) {
   const AggregateTensors inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights,
-                                ignore_missing);
+                                ignore_missing, program);
   const Tensor upstream = dense(grad);
   const Tensor to_scores = empty_large(inputs.scores.sizes(), scores.scalar_type());
   const Tensor to_reference = wanted_like(want_reference, inputs.scores);
@@ -49,10 +50,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
   m.def("aggregate_rewards_forward(Tensor scores, Tensor? reference_reward, float reference_number, Tensor? scale,"
-        " float scale_number, Tensor? floor, float floor_number, Tensor? weights, bool ignore_missing) -> Tensor");
+        " float scale_number, Tensor? floor, float floor_number, Tensor? weights, bool ignore_missing, int[]? program)"
+        " -> Tensor");
   m.def("aggregate_rewards_backward(Tensor grad, Tensor scores, Tensor? reference_reward, float reference_number,"
         " Tensor? scale, float scale_number, Tensor? floor, float floor_number, Tensor? weights, bool ignore_missing,"
-        " bool want_reference, bool want_scale, bool want_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+        " int[]? program, bool want_reference, bool want_scale, bool want_weights) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lsc_kernels, CPU, m) {

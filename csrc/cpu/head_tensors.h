@@ -7,6 +7,7 @@
 
 #include "cpu/kernels/reward_head.h"
 #include "cpu/mask_tensor.h"
+#include "cpu/segments.h"
 
 namespace lsc {
 
@@ -28,26 +29,10 @@ inline HiddenRows hidden_rows(const Tensor& hidden) {
   return rows;
 }
 
-inline int64_t integer_at(const Tensor& tensor, int64_t i) {
-  const int64_t at = i * tensor.stride(0);
-  return tensor.scalar_type() == torch::headeronly::ScalarType::Int ? static_cast<const int32_t*>(tensor.data_ptr())[at]
-                                                                    : static_cast<const int64_t*>(tensor.data_ptr())[at];
-}
-
 // positions[b] is the row of hidden, as packed, that segment b ends in; -1 for an empty one.
 inline void segment_ends(const Tensor& cu_seqlens, int64_t tokens, int64_t* positions) {
-  const int64_t segments = cu_seqlens.size(0) - 1;
-  bool rises = integer_at(cu_seqlens, 0) == 0 && integer_at(cu_seqlens, segments) == tokens;
-  for (int64_t b = 0; b < segments && rises; ++b) {
-    const int64_t start = integer_at(cu_seqlens, b), end = integer_at(cu_seqlens, b + 1);
-    rises = start <= end;
-    positions[b] = start < end ? end - 1 : -1;
-  }
-  if (rises) return;
-  std::string given;
-  for (int64_t b = 0; b <= segments; ++b) given += (b ? ", " : "") + std::to_string(integer_at(cu_seqlens, b));
-  throw std::invalid_argument("cu_seqlens must rise from 0 to N = " + std::to_string(tokens) + ", the rows of hidden; got [" +
-                              given + "]");
+  const std::vector<int64_t> bounds = segment_bounds(cu_seqlens, tokens, "the rows of hidden");
+  for (size_t b = 0; b + 1 < bounds.size(); ++b) positions[b] = bounds[b] < bounds[b + 1] ? bounds[b + 1] - 1 : -1;
 }
 
 inline void indexed(const Tensor& index, int64_t length, int64_t* positions) {

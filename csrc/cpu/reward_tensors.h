@@ -20,9 +20,7 @@ struct RewardTensors {
   RewardTensors(const Tensor& utilities, const Tensor& kls, const std::optional<Tensor>& masks, const std::optional<Tensor>& indices,
          const std::optional<Tensor>& denses, double beta, int64_t placement, double clip_low, double clip_high)
       : utility(dense(utilities)), kl(dense(kls)), mask(masks), index(dense(indices)), dense_rewards(dense(denses)) {
-    kernel.utility = {utility.data_ptr(), dtype_of(utility)};
-    kernel.kl = {kl.data_ptr(), dtype_of(kl)};
-    kernel.dense = dense_rewards ? TypedData{dense_rewards->data_ptr(), dtype_of(*dense_rewards)} : TypedData{nullptr, DType::float32};
+    kernel.utility = typed(utility), kernel.kl = typed(kl), kernel.dense = typed(dense_rewards);
     kernel.mask = mask_rows(mask);
     kernel.index = data_or_null<void>(index);
     kernel.index_is_int32 = index && index->scalar_type() == torch::headeronly::ScalarType::Int;

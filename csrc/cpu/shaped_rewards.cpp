@@ -65,7 +65,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
     std::optional<Tensor> attention_mask, std::optional<Tensor> head_index, std::optional<Tensor> cu_seqlens,
     std::optional<Tensor> given_scores, std::optional<Tensor> reference_reward, double reference_number,
     std::optional<Tensor> scale, double scale_number, std::optional<Tensor> floor, double floor_number,
-    std::optional<Tensor> weights, bool ignore_missing, Tensor policy, Tensor ref, std::optional<Tensor> actions,
+    std::optional<Tensor> weights, bool ignore_missing, ProgramNumbers program, Tensor policy, Tensor ref,
+    std::optional<Tensor> actions,
     std::optional<Tensor> mask, std::optional<Tensor> old_logprobs, std::optional<Tensor> temperatures,
     double temperature, int64_t kind, bool straight_through, double ratio_low, double ratio_high, double kl_low,
     double kl_high, std::optional<Tensor> index, std::optional<Tensor> dense_rewards, double beta, int64_t placement,
@@ -84,7 +85,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
     scores = empty(Sizes(score_sizes, 2), kFloat);
   }
   const AggregateTensors aggregation(given_scores ? *given_scores : scores, reference_reward, reference_number, scale,
-                                     scale_number, floor, floor_number, weights, ignore_missing);
+                                     scale_number, floor, floor_number, weights, ignore_missing, program);
   const Tensor utility = empty(per_sequence, kFloat), kl = empty(per_token, kFloat), rewards = empty(per_token, kFloat);
   const RewardTensors placing(utility, kl, mask, index, dense_rewards, beta, placement, clip_low, clip_high);
   Sequences sequences{head, aggregation, placing, floats(scores), floats(utility), floats(rewards)};
@@ -122,8 +123,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
   m.def("shaped_rewards_forward(Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? attention_mask, Tensor? head_index,"
         " Tensor? cu_seqlens, Tensor? scores, Tensor? reference_reward, float reference_number, Tensor? scale,"
-        " float scale_number, Tensor? floor, float floor_number, Tensor? weights, bool ignore_missing, Tensor policy,"
-        " Tensor ref, Tensor? actions, Tensor? mask, Tensor? old_logprobs, Tensor? temperatures, float temperature,"
+        " float scale_number, Tensor? floor, float floor_number, Tensor? weights, bool ignore_missing, int[]? program,"
+        " Tensor policy, Tensor ref, Tensor? actions, Tensor? mask, Tensor? old_logprobs, Tensor? temperatures, float temperature,"
         " int kind, bool straight_through, float ratio_low, float ratio_high, float kl_low, float kl_high, Tensor? index,"
         " Tensor? dense, float beta, int placement, float clip_low, float clip_high)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

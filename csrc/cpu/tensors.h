@@ -75,4 +75,10 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
+inline TypedData typed(const Tensor& contiguous) { return {contiguous.data_ptr(), dtype_of(contiguous)}; }
+
+inline TypedData typed(const std::optional<Tensor>& contiguous) {
+  return contiguous ? typed(*contiguous) : TypedData{nullptr, DType::float32};
+}
+
 }  // namespace lsc

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "math/fn.h"
+
 namespace lsc {
 namespace LSC_ISA {
 
@@ -16,7 +18,7 @@ struct KLOptions {
   bool straight_through;
   double ratio_low, ratio_high, kl_low, kl_high;
 
-  bool divergence() const { return kind == Kind::full || kind == Kind::full_reverse; }
+  LSC_FN bool divergence() const { return kind == Kind::full || kind == Kind::full_reverse; }
 };
 
 // The value, and the factors of the upstream gradient on the way to d, to the divergence, and through the weight to
@@ -27,13 +29,13 @@ struct KLValue {
 };
 
 template <typename Real>
-inline Real clamp(Real value, Real low, Real high) {
+LSC_FN inline Real clamp(Real value, Real low, Real high) {
   return value < low ? low : value > high ? high : value;
 }
 
 // expm1(-d) + d, without the cancellation of small d
 template <typename Real>
-inline Real k3(Real d) {
+LSC_FN inline Real k3(Real d) {
   if (std::fabs(d) < Real(0.01)) {
     return d * d * (Real(0.5) + d * (Real(-1) / 6 + d * (Real(1) / 24 + d * (Real(-1) / 120 + d * (Real(1) / 720 - d / 5040)))));
   }
@@ -42,7 +44,7 @@ inline Real k3(Real d) {
 
 // `divergence` is the row's full KL where that is what was asked for; log_weight = log pi(a) - old, 0 for none.
 template <typename Real>
-inline KLValue<Real> evaluate_kl(Real d, Real divergence, const Real* log_weight, const KLOptions& options) {
+LSC_FN inline KLValue<Real> evaluate_kl(Real d, Real divergence, const Real* log_weight, const KLOptions& options) {
   const bool ratio_outside = d < Real(options.ratio_low) || d > Real(options.ratio_high);
   const Real ratio = clamp(d, Real(options.ratio_low), Real(options.ratio_high));
   Real value = divergence, slope = 0;

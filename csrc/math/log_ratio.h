@@ -2,13 +2,15 @@
 // Templated over float and the vector type of the instruction set.
 #pragma once
 
+#include "math/fn.h"
+
 namespace lsc {
 namespace LSC_ISA {
 
 // (x - y) - c, c in two floats, with one rounding at the end: e is what the subtraction x - y rounded away. Neither
 // (x - c) - y nor x - (y + c) is safe, and no compiler may reassociate this.
 template <typename F>
-inline F centred_difference(F x, F y, F c, F c_low) {
+LSC_FN inline F centred_difference(F x, F y, F c, F c_low) {
   const F s = x - y;
   const F t = s - x;
   const F e = (x - (s - t)) - (y + t);
@@ -20,7 +22,7 @@ constexpr float kSmallLogRatio = 0.7f;
 
 // P(delta) = (expm1(-delta) + delta) / delta^2 for |delta| < 0.7: minimax, relative error 2e-7.
 template <typename F>
-inline F expm1_remainder(F delta) {
+LSC_FN inline F expm1_remainder(F delta) {
   F p = fma(F(-0x1.a18294p-13f), delta, F(0x1.70e0bap-10f));
   p = fma(p, delta, F(-0x1.1114eap-7f));
   p = fma(p, delta, F(0x1.554e54p-5f));

@@ -8,12 +8,14 @@
 // V is a vector of floats, or float: what it needs is in cpu/kernels/vec.h.
 #pragma once
 
+#include "math/fn.h"
+
 namespace lsc {
 namespace LSC_ISA {
 
 // e^(x + low) for x <= 0 and a small low. e^r = 1 + r + r^2 q(r), |r| <= ln(2)/2, q minimax of degree 4 (3e-9).
 template <typename V>
-inline V exp_negative(V x, V low) {
+LSC_FN inline V exp_negative(V x, V low) {
   const V limited = max(V(kExp2Floor * 0x1.62e43p-1f), x);
   const V n = round(limited * V(0x1.715476p+0f));
   // ln 2 in two parts, the first short enough for its product with n to be exact
@@ -27,7 +29,7 @@ inline V exp_negative(V x, V low) {
 
 // log(1 + x) for 0 <= x <= 1, as x + x^2 g(x), g minimax of degree 8 (5e-9).
 template <typename V>
-inline V log1p_unit(V x) {
+LSC_FN inline V log1p_unit(V x) {
   V g = fma(V(-0x1.b2f368p-9f), x, V(0x1.4b0706p-6f));
   g = fma(g, x, V(-0x1.d8620ap-5f));
   g = fma(g, x, V(0x1.b57936p-4f));
@@ -46,25 +48,25 @@ struct Utility {
 
 // e^-|z + low|
 template <typename V>
-inline V exp_minus_abs(V z, V low) {
+LSC_FN inline V exp_minus_abs(V z, V low) {
   return exp_negative(V(0.0f) - abs(z), select(z < V(0.0f), low, V(0.0f) - low));
 }
 
 // The same where the sign of low does not matter for z < 0, as it is far below what is added to e then.
 template <typename V>
-inline V exp_minus_abs_above(V z, V low) {
+LSC_FN inline V exp_minus_abs_above(V z, V low) {
   return exp_negative(V(0.0f) - abs(z), V(0.0f) - low);
 }
 
 // u = min(z, 0) - log1p(e^-|z|)
 template <typename V>
-inline V log_sigmoid(V z, V low) {
+LSC_FN inline V log_sigmoid(V z, V low) {
   return min(V(0.0f), z) - log1p_unit(exp_minus_abs_above(z, low));
 }
 
 // du/dz = sigmoid(-z)
 template <typename V>
-inline V log_sigmoid_slope(V z, V low) {
+LSC_FN inline V log_sigmoid_slope(V z, V low) {
   const V e = exp_minus_abs_above(z, low);
   return select(z < V(0.0f), V(1.0f), e) / (V(1.0f) + e);
 }
@@ -90,7 +92,7 @@ struct Floor {
 //
 // f = 0 is left to the plain transform, for the sake of z = -inf.
 template <typename V>
-inline Utility<V> log_sigmoid_with_floor(V z, V low, const Floor<V>& floor) {
+LSC_FN inline Utility<V> log_sigmoid_with_floor(V z, V low, const Floor<V>& floor) {
   const V zero(0.0f), one(1.0f);
   const auto below = z < zero;
   const V e = exp_minus_abs(z, low);

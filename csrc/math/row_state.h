@@ -20,12 +20,14 @@
 
 #include <cmath>
 
+#include "math/fn.h"
+
 namespace lsc {
 namespace LSC_ISA {
 
 // 0 stays 0, whatever the factor
 template <typename Real>
-inline Real scaled(Real value, Real factor) {
+LSC_FN inline Real scaled(Real value, Real factor) {
   return value == 0 ? Real(0) : value * factor;
 }
 
@@ -41,12 +43,12 @@ struct RowState {
 
 // sum e^(l - from) (l - from) brought to another maximum
 template <typename Real>
-inline Real rescaled_entropy_sum(Real H, Real S, Real shift) {
+LSC_FN inline Real rescaled_entropy_sum(Real H, Real S, Real shift) {
   return scaled(H + scaled(S, shift), std::exp(shift));
 }
 
 template <typename Real>
-inline void rescale_main(RowState<Real>& row, Real to, Real temperature, bool is_policy) {
+LSC_FN inline void rescale_main(RowState<Real>& row, Real to, Real temperature, bool is_policy) {
   const Real shift = (row.main_max - to) / temperature, factor = std::exp(shift);
   if (is_policy) row.H = rescaled_entropy_sum(row.H, row.S, shift);
   row.S = scaled(row.S, factor), row.D = scaled(row.D, factor);
@@ -55,7 +57,7 @@ inline void rescale_main(RowState<Real>& row, Real to, Real temperature, bool is
 }
 
 template <typename Real>
-inline void rescale_other(RowState<Real>& row, Real to, Real temperature, bool is_policy) {
+LSC_FN inline void rescale_other(RowState<Real>& row, Real to, Real temperature, bool is_policy) {
   const Real shift = (row.other_max - to) / temperature;
   if (is_policy) row.H = rescaled_entropy_sum(row.H, row.other_S, shift);
   row.other_S = scaled(row.other_S, std::exp(shift));
@@ -63,7 +65,7 @@ inline void rescale_other(RowState<Real>& row, Real to, Real temperature, bool i
 }
 
 template <typename Real>
-inline void recentre(RowState<Real>& row, Real to, Real temperature) {
+LSC_FN inline void recentre(RowState<Real>& row, Real to, Real temperature) {
   const Real g = (to - row.centre) / temperature;
   if (g == 0) return;
   // with delta - g for delta; e^g A and not A + expm1(g) A, which loses what is left of an A that was e^-g times larger
@@ -80,14 +82,14 @@ constexpr double kFarthestMean = 16;
 
 // The weighted mean of x - y, where A loses least.
 template <typename Real>
-inline Real common_centre(const RowState<Real>& a, const RowState<Real>& b, Real temperature) {
+LSC_FN inline Real common_centre(const RowState<Real>& a, const RowState<Real>& b, Real temperature) {
   const Real heavier = a.S >= b.S ? a.centre : b.centre;
   const Real mean = (a.S * a.centre + b.S * b.centre + temperature * (a.D + b.D)) / (a.S + b.S);
   return std::fabs(mean - heavier) <= Real(kFarthestMean) * temperature ? mean : heavier;
 }
 
 template <typename Real>
-inline Real common_max(Real a, Real S_a, Real b, Real S_b) {
+LSC_FN inline Real common_max(Real a, Real S_a, Real b, Real S_b) {
   if (S_a == 0) return b;
   if (S_b == 0) return a;
   return a > b ? a : b;
@@ -95,7 +97,7 @@ inline Real common_max(Real a, Real S_a, Real b, Real S_b) {
 
 // a <- a and b together. For a fixed cut of a row the result is the same bits every time.
 template <typename Real>
-inline void merge(RowState<Real>& a, RowState<Real> b, Real temperature, bool reverse) {
+LSC_FN inline void merge(RowState<Real>& a, RowState<Real> b, Real temperature, bool reverse) {
   const Real main_max = common_max(a.main_max, a.S, b.main_max, b.S);
   const Real other_max = common_max(a.other_max, a.other_S, b.other_max, b.other_S);
   rescale_main(a, main_max, temperature, !reverse), rescale_main(b, main_max, temperature, !reverse);
@@ -109,7 +111,7 @@ inline void merge(RowState<Real>& a, RowState<Real> b, Real temperature, bool re
 
 // b - log1p(b), b > -1, without the cancellation of small b
 template <typename Real>
-inline Real b_minus_log1p(Real b) {
+LSC_FN inline Real b_minus_log1p(Real b) {
   if (std::fabs(b) >= Real(0.3)) return b - std::log1p(b);
   // log1p(b) = 2 atanh(s), s = b / (2 + b):  b - log1p(b) = b s - 2 (s^3/3 + s^5/5 + ...)
   const Real s = b / (2 + b), s2 = s * s;
@@ -125,7 +127,7 @@ struct RowSummary {
 };
 
 template <typename Real>
-inline RowSummary<Real> summarise(const RowState<Real>& row, Real temperature) {
+LSC_FN inline RowSummary<Real> summarise(const RowState<Real>& row, Real temperature) {
   RowSummary<Real> out;
   // a row that is all -inf is no distribution
   out.log_S = row.S > 0 ? std::log(row.S) : Real(NAN);

@@ -1,7 +1,9 @@
 // aggregate_rewards: reads a score and what is not broadcast against it, writes one u per row of K scores; backward reads
-// one upstream gradient per row too and writes the gradients that are wanted.
+// one upstream gradient per row too and writes the gradients that are wanted. A formula is interpreted row by row; without
+// one, whole tiles of scores are transformed and summed.
 #include "cpu/kernels/aggregate_rewards.h"
 
+#include "cpu/kernels/formula_rows.h"
 #include "cpu/kernels/transform_tile.h"
 
 namespace lsc {
@@ -78,6 +80,11 @@ inline void repeat(const float* of_row, int64_t first, int n, int64_t columns, f
 void aggregate_forward(const TransformInputs& inputs, const Aggregation& how, float* utility, int64_t begin, int64_t end) {
   const int64_t columns = inputs.columns;
   for_dtype(inputs.dtype, [&](auto type) {
+    if (how.program) {
+      FormulaRows<decltype(type)> formula(inputs, how);
+      for (int64_t row = begin; row < end; ++row) utility[row] = formula.value(row);
+      return;
+    }
     TransformTile<decltype(type)> tile(inputs);
     Terms terms(inputs, how);
     alignas(64) float u[kTile];
@@ -100,6 +107,11 @@ void aggregate_forward(const TransformInputs& inputs, const Aggregation& how, fl
 void aggregate_backward(const TransformInputs& inputs, const Aggregation& how, const float* grad, const TransformGradients& out, int64_t begin, int64_t end) {
   for_dtype(inputs.dtype, [&](auto type) {
     using T = decltype(type);
+    if (how.program) {
+      FormulaRows<T> formula(inputs, how);
+      for (int64_t row = begin; row < end; ++row) formula.gradients(row, grad[row], out);
+      return;
+    }
     TransformTile<T> tile(inputs);
     Terms terms(inputs, how);
     alignas(64) float upstream[kTile], slope[kTile], to_scores[kTile];

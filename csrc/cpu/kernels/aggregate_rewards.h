@@ -2,12 +2,14 @@
 
 #include "cpu/isa.h"
 #include "cpu/kernels/transform.h"
+#include "math/program.h"
 
 namespace lsc {
 
 struct Aggregation {
   Operand weights;
   bool ignore_missing;
+  const Program* program;  // null: all properties
 };
 
 LSC_DECLARE_KERNELS(

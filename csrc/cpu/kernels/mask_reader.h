@@ -1,6 +1,8 @@
 // Reading a mask of any dtype and any strides.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/kernels/mask_rows.h"
 
 namespace lsc {
@@ -37,6 +39,23 @@ inline int64_t last_counted(const MaskRows& mask, int64_t row, int64_t end) {
 inline bool is_counted(const MaskRows& mask, int64_t row, int64_t column) {
   if (!mask.data) return true;
   return with_mask_row(mask, row, [&](auto* values, auto nonzero) { return (values[column * mask.column_stride] & nonzero) != 0; });
+}
+
+// counted[i] = whether position first + i counts; returns how many do.
+inline int read_counted(const MaskRows& mask, int64_t row, int64_t first, int n, uint8_t* counted) {
+  if (!mask.data) {
+    std::memset(counted, 1, n);
+    return n;
+  }
+  return with_mask_row(mask, row, [&](auto* elements, auto nonzero) {
+    int count = 0;
+    if (mask.column_stride == 1) {
+      for (int i = 0; i < n; ++i) counted[i] = (elements[first + i] & nonzero) != 0, count += counted[i];
+    } else {
+      for (int i = 0; i < n; ++i) counted[i] = (elements[(first + i) * mask.column_stride] & nonzero) != 0, count += counted[i];
+    }
+    return count;
+  });
 }
 
 // values[i] = 0 where position first + i is left out.

@@ -6,13 +6,14 @@
 //
 // One exponential instead of two: where |delta| < 0.7 (nearly always, between a policy and its reference),
 // e^(y-m') = e^(m-m'-c) w e^(-delta), so the other model's sum falls out of S, A and D. The second exponential is
-// computed only in blocks that hold a larger |delta|.
+// computed only in vectors that hold a larger |delta|; and where most do, the next tile is taken as far apart: both
+// exponentials for all of its lanes and no series. A tile that turns out not to be is passed over once more.
 //
 // A tile whose centre turns out to be far from its weighted mean (an outlier at the largest logit) would lose A and D to
 // cancellation: it is passed over once more, still in cache, about the mean.
 //
-// Bytes read: 2 n sizeof(T). Nothing is written. Sums are floats over 16 elements of a vector lane, doubles beyond; over 4
-// for S, where the largest logit's 1 would swallow more.
+// Bytes read: 2 n sizeof(T). Nothing is written. Sums are floats over 16 elements of a vector lane, doubles beyond; over 4,
+// two by two, for S and S', where the largest logit's 1 would swallow more.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +43,26 @@ inline float tile_max(const T* x, int n) {
   return max_lane(max(max(a, b), max(c, d)));
 }
 
+#if defined(__AVX2__)
+// In a quarter of the instructions.
+template <typename T>
+  requires(sizeof(T) == 2)
+inline float tile_max(const T* x, int n) {
+  constexpr int kStep = 2 * Vec::kLanes;
+  LargestBits a, b;
+  int i = 0;
+  for (; i + 2 * kStep <= n; i += 2 * kStep) a.add(x + i), b.add(x + i + kStep);
+  if (i + kStep <= n) a.add(x + i), i += kStep;
+  if (i < n) {
+    T rest[kStep];
+    for (int k = 0; k < kStep; ++k) rest[k] = x[i + k < n ? i + k : i];
+    a.add(rest);
+  }
+  const float first = to_float(T{a.value()}), second = to_float(T{b.value()});
+  return first < second ? second : first;
+}
+#endif
+
 template <typename T>
 inline int tile_find(const T* x, int n, float value) {
   const Vec wanted(value);
@@ -69,54 +90,71 @@ template <bool kReverse>
 struct BlockSums {
   Vec S{0.0f}, D{0.0f}, A{0.0f}, H{0.0f};  // lanes with |delta| < 0.7; H of all lanes, unless kReverse
   Vec W{0.0f}, WD{0.0f}, V{0.0f}, VH{0.0f};  // the others: w, w delta, v, v (y - m')
-  bool any_large = false, other_misses = false;
+  int large_pairs = 0;  // of vectors
+  bool other_misses = false;
 
   void add_small(Vec w, Vec delta, Vec from_other_max) {
     const Vec wd = w * delta;
     const Vec square = wd * delta, P = expm1_remainder(delta);
-    S = S + w;
     D = D + wd;
     A = fma(square, P, A);
     if constexpr (kReverse) H = fma(fma(square, P, w - wd), from_other_max, H);
   }
 
-  void add_any(Vec x, Vec y, Vec w, Vec delta, Mask small, Vec other_max, const PowerScale& scale) {
+  // Lanes whose two exponentials are both computed: all of them, or those that are not small.
+  template <bool kAll>
+  void add_large(Vec x, Vec y, Vec w, Vec delta, Mask small, Vec other_max, const PowerScale& scale) {
     const Vec zero(0.0f);
     Vec from_other_max = y - other_max;
-    const Vec v = select(small, zero, exp_scaled(from_other_max, scale));
+    Vec v = exp_scaled(from_other_max, scale);
     const Mask finite = abs(delta) < Vec(INFINITY);
-    if (!all(finite)) other_misses |= any(both(y == Vec(-INFINITY), Vec(-INFINITY) < x));
-    add_small(select(small, w, zero), select(small, delta, zero), from_other_max);
-    const Vec w_large = select(small, zero, w);
-    W = W + w_large;
-    WD = fma(w_large, select(finite, delta, zero), WD);
+    if (!all(finite)) {
+      other_misses |= any(both(y == Vec(-INFINITY), Vec(-INFINITY) < x));
+      delta = select(finite, delta, zero);
+    }
+    if constexpr (!kAll) w = select(small, zero, w), v = select(small, zero, v);
+    WD = fma(w, delta, WD);
     V = V + v;
     if constexpr (kReverse) VH = fma(v, from_other_max, VH);
-    any_large = true;
   }
 };
+
+// Whether the two models, each over a tile's columns alone, differ so much that the rounding of exponentials is nothing
+// beside it: KL = E[delta] + log(sum v / sum w), in units of one maximum.
+inline bool apart(double w, double wd, double v, const Origin& origin, double temperature) {
+  const double kl = wd / w + std::log(v / w) - (origin.main_max - origin.centre - origin.other_max) / temperature;
+  return kl > 0.25 && kl < INFINITY;
+}
 
 template <bool kReverse>
 struct Sums {
   WideSum S, D, A, H, W, WD, V, VH;
+  int large_pairs = 0;
   bool other_misses = false;
 
   void add_weights(BlockSums<kReverse>& block) {
     S.add(block.S);
     block.S = Vec(0.0f);
-    if (block.any_large) {
-      W.add(block.W);
-      block.W = Vec(0.0f);
+    if (block.large_pairs) {
+      W.add(block.W), V.add(block.V);
+      block.W = block.V = Vec(0.0f);
     }
   }
   void add(BlockSums<kReverse>& block) {
     add_weights(block);
     D.add(block.D), A.add(block.A), H.add(block.H);
-    if (block.any_large) {
-      WD.add(block.WD), V.add(block.V);
+    if (block.large_pairs) {
+      WD.add(block.WD);
       if constexpr (kReverse) VH.add(block.VH);
+      large_pairs += block.large_pairs;
       other_misses |= block.other_misses;
     }
+  }
+  // Of a tile that was added as far apart.
+  void add_far(const Sums& tile) {
+    W.add(tile.W), WD.add(tile.WD), V.add(tile.V), H.add(tile.H);
+    if constexpr (kReverse) VH.add(tile.VH);
+    other_misses |= tile.other_misses;
   }
 
   RowState<double> state(const Origin& origin, double temperature) const {
@@ -136,14 +174,16 @@ struct Sums {
 
 constexpr int kBlock = 16 * Vec::kLanes;
 
-template <bool kReverse, typename T>
-inline void add_tile(
+// kPlain: temperature 1 and a centre of one float, which saves two instructions in forty. kFar: every lane as a large one.
+// A function of its own, so that the compiler's appetite for inlining does not depend on how many variants there are.
+template <bool kReverse, bool kPlain, bool kFar, typename T>
+__attribute__((noinline, flatten)) void add_tile(
     const T* x, const T* y, int n, const Origin& origin, const PowerScale& scale, float inverse_temperature, bool more,
     Sums<kReverse>& sums) {
   const float centre = float(origin.centre);
-  const Vec m(origin.main_max), m_other(origin.other_max), inverse(inverse_temperature);
-  const Vec c(centre), c_low(float(origin.centre - centre));
-  const Vec limit(kSmallLogRatio);
+  const Vec m(origin.main_max), m_other(origin.other_max), inverse(kPlain ? 1.0f : inverse_temperature);
+  const Vec c(centre), c_low(kPlain ? 0.0f : float(origin.centre - centre));
+  const Vec limit(kSmallLogRatio), zero(0.0f);
   const auto add = [&](Vec x0, Vec y0, Vec x1, Vec y1, BlockSums<kReverse>& block) __attribute__((always_inline)) {
     Vec u0 = x0 - m, u1 = x1 - m;
     const Vec w0 = exp_scaled(u0, scale), w1 = exp_scaled(u1, scale);
@@ -154,12 +194,25 @@ inline void add_tile(
       block.H = fma(w0, u0, block.H);
       block.H = fma(w1, u1, block.H);
     }
-    if (__builtin_expect(all(both(small0, small1)), 1)) {
+    if constexpr (kFar) {
+      block.W = block.W + (w0 + w1);
+      block.template add_large<true>(x0, y0, w0, d0, small0, m_other, scale);
+      block.template add_large<true>(x1, y1, w1, d1, small1, m_other, scale);
+      ++block.large_pairs;
+    } else if (__builtin_expect(all(both(small0, small1)), 1)) {
+      block.S = block.S + (w0 + w1);
       block.add_small(w0, d0, y0 - m_other);
       block.add_small(w1, d1, y1 - m_other);
     } else {
-      block.add_any(x0, y0, w0, d0, small0, m_other, scale);
-      block.add_any(x1, y1, w1, d1, small1, m_other, scale);
+      const Vec s0 = select(small0, w0, zero), s1 = select(small1, w1, zero);
+      block.S = block.S + (s0 + s1);
+      block.W = block.W + (select(small0, zero, w0) + select(small1, zero, w1));
+      // a weight of 0 and a logit of -inf would be NaN
+      block.add_small(s0, select(small0, d0, zero), max(Vec(scale.lowest), y0 - m_other));
+      block.add_small(s1, select(small1, d1, zero), max(Vec(scale.lowest), y1 - m_other));
+      block.template add_large<false>(x0, y0, w0, d0, small0, m_other, scale);
+      block.template add_large<false>(x1, y1, w1, d1, small1, m_other, scale);
+      ++block.large_pairs;
     }
   };
   int first = 0;
@@ -200,15 +253,20 @@ class RowReader {
   template <typename T>
   void tile(const T* x, const T* y, int n, bool more) {
     const float main_max = tile_max(x, n), other_max = tile_max(y, n);
-    if (!main_seen_ || main_max > origin_.main_max) return new_centre(x, y, n, more, main_max, other_max);
+    if (!main_seen_ || (main_max > origin_.main_max && !raise_main_max(main_max))) {
+      return new_centre(x, y, n, more, main_max, other_max);
+    }
     if (other_max > origin_.other_max || (!other_seen_ && other_max > -INFINITY)) {
       absorb();
       rescale_other<double>(row_, other_max, temperature_, kReverse);
       origin_.other_max = other_max;
       other_seen_ = true;
     }
-    add_tile(x, y, n, origin_, scale_, inverse_temperature_, more, sums_);
     pending_ = true;
+    if (far_ && add_far(x, y, n, more)) return;
+    const int before = sums_.large_pairs;
+    add_about<false>(x, y, n, more, origin_, sums_);
+    far_ = (sums_.large_pairs - before) * (4 * Vec::kLanes) > n;
   }
 
   // Of all tiles so far.
@@ -222,15 +280,51 @@ class RowReader {
   void absorb() {
     if (!pending_) return;
     merge(row_, sums_.state(origin_, temperature_), temperature_, kReverse);
-    origin_.centre = row_.centre;
+    origin_.centre = centre_near(row_);
     sums_ = Sums<kReverse>();
     pending_ = false;
+  }
+
+  // False, and nothing done, where the new largest logit carries so much of the row that its log ratio has to be near the
+  // centre.
+  bool raise_main_max(float to) {
+    absorb();
+    constexpr double many = 16;
+    if (row_.S * std::exp((row_.main_max - to) / temperature_) < many) return false;
+    rescale_main<double>(row_, to, temperature_, !kReverse);
+    origin_.main_max = to;
+    return true;
+  }
+
+  // The row's centre, in one float where the spread of the log ratios leaves room for its rounding.
+  double centre_near(const RowState<double>& row) const {
+    const double rounded = float(row.centre), error = (rounded - row.centre) / temperature_;
+    return error * error * row.S <= row.A / 8 ? rounded : row.centre;
+  }
+
+  template <bool kFar, typename T>
+  void add_about(const T* x, const T* y, int n, bool more, const Origin& origin, Sums<kReverse>& sums) const {
+    if (temperature_ == 1 && float(origin.centre) == origin.centre) {
+      add_tile<kReverse, true, kFar>(x, y, n, origin, scale_, inverse_temperature_, more, sums);
+    } else {
+      add_tile<kReverse, false, kFar>(x, y, n, origin, scale_, inverse_temperature_, more, sums);
+    }
+  }
+
+  // False, and nothing added, where the tile is not far apart.
+  template <typename T>
+  bool add_far(const T* x, const T* y, int n, bool more) {
+    Sums<kReverse> tile;
+    add_about<true>(x, y, n, more, origin_, tile);
+    if (!apart(tile.W.total(), tile.WD.total(), tile.V.total(), origin_, temperature_)) return false;
+    sums_.add_far(tile);
+    return true;
   }
 
   template <typename T>
   RowState<double> sums_about(const T* x, const T* y, int n, bool more, const Origin& origin) const {
     Sums<kReverse> sums;
-    add_tile(x, y, n, origin, scale_, inverse_temperature_, more, sums);
+    add_about<false>(x, y, n, more, origin, sums);
     return sums.state(origin, temperature_);
   }
 
@@ -244,11 +338,13 @@ class RowReader {
     origin.main_max = main_max > -INFINITY ? main_max : other_max > -INFINITY ? other_max : 0.0f;
     origin.other_max = other_max > -INFINITY ? other_max : float(origin.main_max - origin.centre);
     RowState<double> tile = sums_about(x, y, n, more, origin);
+    const double mean = tile.D / tile.S;
+    far_ = apart(tile.S, tile.D, tile.other_S, origin, temperature_) && std::fabs(mean) < kFarthestMean;
     // the centre is an outlier to most of the tile, E[delta]^2 > 3/4 E[delta^2], or far from it
-    if (tile.D * tile.D > 1.5 * tile.A * tile.S || std::fabs(tile.D) > kSmallLogRatio * tile.S) {
-      Origin mean = origin;
-      mean.centre += temperature_ * tile.D / tile.S;
-      const RowState<double> again = sums_about(x, y, n, false, mean);
+    if (!far_ && (tile.D * mean > 1.5 * tile.A || std::fabs(mean) > kSmallLogRatio)) {
+      Origin about_mean = origin;
+      about_mean.centre += temperature_ * mean;
+      const RowState<double> again = sums_about(x, y, n, false, about_mean);
       // else the mean is an outlier too, dragged away by a column that the other model nearly excludes
       if (again.A < 0.5 * again.S) tile = again;
     }
@@ -260,7 +356,7 @@ class RowReader {
       started_ = true;
     }
     main_seen_ |= main_max > -INFINITY, other_seen_ |= other_max > -INFINITY;
-    origin_ = {float(row_.main_max), float(row_.other_max), row_.centre};
+    origin_ = {float(row_.main_max), float(row_.other_max), centre_near(row_)};
   }
 
   double temperature_;
@@ -270,6 +366,7 @@ class RowReader {
   Origin origin_{};
   Sums<kReverse> sums_;
   bool started_ = false, pending_ = false;
+  bool far_ = false;  // most of the last tile was large
   bool main_seen_ = false, other_seen_ = false;  // a logit above -inf
 };
 

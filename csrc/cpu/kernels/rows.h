@@ -7,6 +7,11 @@ namespace lsc {
 
 enum class DType : int32_t { float32, bfloat16, float16 };
 
+struct TypedData {
+  const void* data;  // contiguous, or null where there is none
+  DType dtype;
+};
+
 // [..., V] tensor whose last dimension has stride 1; the leading dimensions may have any strides, also 0.
 constexpr int kMaxLeading = 8;
 struct Rows {

@@ -9,11 +9,6 @@ namespace lsc {
 // In the order of PLACEMENTS in native/token_rewards.py.
 enum class Placement : int64_t { last, eos_plus_one, before_last, index };
 
-struct TypedData {
-  const void* data;  // contiguous, or null where there is none
-  DType dtype;
-};
-
 struct RewardInputs {
   TypedData utility, kl, dense;  // [B], [B, T], [B, T]
   MaskRows mask;

@@ -1,6 +1,8 @@
 // Forward and backward of one token's row; shared by token_logprobs, token_kl and shaped_rewards.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/kernels/row_reader.h"
 #include "cpu/kernels/rows.h"
 #include "math/kl.h"
@@ -11,7 +13,7 @@ namespace LSC_ISA {
 constexpr int kIgnoreIndex = -100;
 // A row is cut into chunks of this many columns, each with a state of its own, merged in order. The cut depends on V
 // alone, so the result is the same bits whether one thread reads the row or several.
-constexpr int64_t kChunk = 32768;
+constexpr int64_t kChunk = 65536;
 
 template <typename T>
 inline const T* row_pointer(const Rows& rows, int64_t row) {
@@ -247,8 +249,15 @@ inline Coefficients coefficients(const TokenRows& rows, int64_t row, const KLArg
   return c;
 }
 
-// One vector of columns of the gradients. The reference is read only where kReference.
-template <bool kReference>
+// What a row's gradients are made of.
+enum class Reads {
+  policy,     // the policy alone
+  log_ratio,  // and delta, for the policy's gradient of a full KL
+  both,       // and p - q
+};
+
+// One vector of columns of the gradients.
+template <Reads kReads>
 struct RowGradient {
   PowerScale scale;
   Vec m, inverse_S, m_ref, inverse_ref_S, centre, centre_low, L, small_limit, inverse;
@@ -265,42 +274,62 @@ struct RowGradient {
   void operator()(Vec x, Vec y, Vec& to_policy, Vec& to_ref) const {
     Vec u = x - m;
     const Vec p = exp_scaled(u, scale) * inverse_S;
-    to_policy = p * fma(p_logit, u, p0);
-    if constexpr (kReference) {
+    Vec per_weight = fma(p_logit, u, p0);
+    if constexpr (kReads == Reads::policy) {
+      to_policy = p * per_weight;
+    } else {
       const Vec unlimited = centred_difference(x, y, centre, centre_low) * inverse;
       // a column that either model excludes has no finite log ratio, and no weight
       const Vec delta = select(abs(unlimited) < Vec(INFINITY), unlimited, Vec(0.0f));
-      to_policy = fma(p * p_delta, delta, to_policy);
-      // p - q = -p expm1(-d) = p (d - d^2 P(d)), without the cancellation of nearly equal columns
-      const Vec d = unlimited + L;
-      const Mask small = abs(d) < small_limit;
-      Vec difference = p * (d - d * d * expm1_remainder(d));
-      Vec q = p - difference;
-      if (!all(small)) {
-        Vec from_max = y - m_ref;
-        const Vec exact = exp_scaled(from_max, scale) * inverse_ref_S;
-        q = select(small, q, exact);
-        difference = select(small, difference, p - exact);
-      }
-      to_policy = fma(p_minus_q, difference, to_policy);
-      to_ref = q * fma(q_delta, delta, q0) - q_minus_p * difference;
+      to_policy = p * fma(p_delta, delta, per_weight);
+      if constexpr (kReads == Reads::both) add_differences(y, p, unlimited, delta, to_policy, to_ref);
     }
+  }
+
+ private:
+  // p - q = -p expm1(-d) = p (d - d^2 P(d)), without the cancellation of nearly equal columns
+  void add_differences(Vec y, Vec p, Vec unlimited, Vec delta, Vec& to_policy, Vec& to_ref) const {
+    const Vec d = unlimited + L;
+    const Mask small = abs(d) < small_limit;
+    Vec difference = p * (d - d * d * expm1_remainder(d));
+    Vec q = p - difference;
+    if (!all(small)) {
+      Vec from_max = y - m_ref;
+      const Vec exact = exp_scaled(from_max, scale) * inverse_ref_S;
+      q = select(small, q, exact);
+      difference = select(small, difference, p - exact);
+    }
+    to_policy = fma(p_minus_q, difference, to_policy);
+    to_ref = q * fma(q_delta, delta, q0) - q_minus_p * difference;
   }
 };
 
-template <bool kReference, typename X, typename Y>
-inline void write_gradient(const X* x, const Y* y, int64_t n, const RowGradient<kReference>& gradient, X* to_policy, Y* to_ref) {
-  Vec policy(0.0f), ref(0.0f);
+template <Reads kReads, typename X, typename Y>
+inline void write_gradient(const X* x, const Y* y, int64_t n, const RowGradient<kReads>& gradient, X* to_policy, Y* to_ref) {
+  constexpr bool kReference = kReads != Reads::policy;
+  Vec x0, x1, y0, y1, policy0, policy1, ref0, ref1;
+  // where the two have elements of one kind, and so lie alike in load_two's vectors
+  constexpr int kStep = std::is_same_v<X, Y> ? 2 * Vec::kLanes : Vec::kLanes;
   int64_t i = 0;
-  for (; i + Vec::kLanes <= n; i += Vec::kLanes) {
-    gradient(load(x + i), kReference ? load(y + i) : Vec(0.0f), policy, ref);
-    if (to_policy) store(to_policy + i, policy);
-    if (kReference && to_ref) store(to_ref + i, ref);
+  for (; i + kStep <= n; i += kStep) {
+    if constexpr (std::is_same_v<X, Y>) {
+      load_two(x + i, x0, x1);
+      if constexpr (kReference) load_two(y + i, y0, y1);
+      gradient(x0, y0, policy0, ref0), gradient(x1, y1, policy1, ref1);
+      if (to_policy) store_two(to_policy + i, policy0, policy1);
+      if (kReads == Reads::both && to_ref) store_two(to_ref + i, ref0, ref1);
+    } else {
+      gradient(load(x + i), load(y + i), policy0, ref0);
+      if (to_policy) store(to_policy + i, policy0);
+      if (kReads == Reads::both && to_ref) store(to_ref + i, ref0);
+    }
   }
-  if (const int left = int(n - i); left > 0) {
-    gradient(load_first(x + i, left, -INFINITY), kReference ? load_first(y + i, left, -INFINITY) : Vec(0.0f), policy, ref);
-    if (to_policy) store_first(to_policy + i, left, policy);
-    if (kReference && to_ref) store_first(to_ref + i, left, ref);
+  for (; i < n; i += Vec::kLanes) {
+    const int left = n - i < Vec::kLanes ? int(n - i) : Vec::kLanes;
+    if constexpr (kReference) y0 = load_first(y + i, left, -INFINITY);
+    gradient(load_first(x + i, left, -INFINITY), y0, policy0, ref0);
+    if (to_policy) store_first(to_policy + i, left, policy0);
+    if (kReads == Reads::both && to_ref) store_first(to_ref + i, left, ref0);
   }
 }
 
@@ -331,22 +360,24 @@ inline void write_row_gradients(const TokenRows& rows, int64_t row, const KLArgu
   const double temperature = temperature_at(rows, row);
   const float* saved = grads.saved + row * kSaved;
   const Coefficients c = coefficients(rows, row, kl, grads);
-  const bool reads_ref = grads.ref || c.p_delta != 0 || c.p_minus_q != 0;
   with_type(rows.policy.dtype, [&](auto x_type) {
     using X = decltype(x_type);
     const X* x = row_pointer<X>(rows.policy, row);
     X* to_policy = grads.policy ? static_cast<X*>(grads.policy) + row * V : nullptr;
-    if (!reads_ref) {
-      const X* none = nullptr;
-      write_gradient<false>(x, none, V, RowGradient<false>(saved, c, temperature), to_policy, static_cast<X*>(nullptr));
-      return write_action(x, none, action_at(rows, row), saved, c, temperature, to_policy, static_cast<X*>(nullptr));
+    const auto write = [&](auto gradient, const auto* y, auto* to_ref) {
+      write_gradient(x, y, V, gradient, to_policy, to_ref);
+      write_action(x, y, action_at(rows, row), saved, c, temperature, to_policy, to_ref);
+    };
+    const bool differences = grads.ref || c.p_minus_q != 0;
+    if (!differences && c.p_delta == 0) {
+      return write(RowGradient<Reads::policy>(saved, c, temperature), static_cast<const X*>(nullptr), static_cast<X*>(nullptr));
     }
     with_type(rows.ref.dtype, [&](auto y_type) {
       using Y = decltype(y_type);
       const Y* y = row_pointer<Y>(rows.ref, row);
       Y* to_ref = grads.ref ? static_cast<Y*>(grads.ref) + row * V : nullptr;
-      write_gradient<true>(x, y, V, RowGradient<true>(saved, c, temperature), to_policy, to_ref);
-      write_action(x, y, action_at(rows, row), saved, c, temperature, to_policy, to_ref);
+      if (!differences) return write(RowGradient<Reads::log_ratio>(saved, c, temperature), y, to_ref);
+      write(RowGradient<Reads::both>(saved, c, temperature), y, to_ref);
     });
   });
 }

@@ -8,64 +8,15 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
+#include "math/half.h"
+
 namespace lsc {
 namespace LSC_ISA {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-inline uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float to_float(float value) { return value; }
-inline float to_float(BFloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
-inline float to_float(Half value) {
-  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
-  const uint32_t magnitude = value.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // 2^-14 and below are subnormal halves: let the multiplication normalise them
-  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
-}
-
-inline void from_float(float value, float* out) { *out = value; }
-inline void from_float(float value, BFloat16* out) {
-  const uint32_t bits = float_to_bits(value);
-  out->bits = value != value ? 0x7fc0u : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-inline void from_float(float value, Half* out) {
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {  // rounds to 2^16 or more
-    half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal: adding 1/2 leaves the multiple of 2^-24 in the low bits
-    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  out->bits = uint16_t(sign | half);
-}
 
 #if defined(__AVX512F__)
 
@@ -114,16 +65,41 @@ inline void load_two(const BFloat16* p, Vec& a, Vec& b) {
 }
 
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
-inline void store(BFloat16* p, Vec a) {
+// bfloat16 in the upper half of each lane
+inline __m512i rounded_to_bfloat16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m512i kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+inline void store(BFloat16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bfloat16(a), 16)));
+}
+inline void store_two(BFloat16* p, Vec a, Vec b) {
+  const __m512i upper = _mm512_and_si512(rounded_to_bfloat16(b), _mm512_set1_epi32(int(0xffff0000)));
+  _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(rounded_to_bfloat16(a), 16), upper));
 }
 inline void store(Half* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+// The largest of many 16-bit floats from their bits, which order the positive ones as signed and the negative ones,
+// reversed, as unsigned numbers.
+struct LargestBits {
+  __m512i positive = _mm512_set1_epi16(INT16_MIN), negative = _mm512_set1_epi16(-1);
+
+  // 2 kLanes of them
+  void add(const void* p) {
+    const __m512i bits = _mm512_loadu_si512(p);
+    positive = _mm512_max_epi16(positive, bits), negative = _mm512_min_epu16(negative, bits);
+  }
+  uint16_t value() const {
+    const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+    const int largest = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_slli_epi32(positive, 16), _mm512_and_si512(positive, upper)));
+    if (largest >= 0) return uint16_t(largest >> 16);
+    return uint16_t(_mm512_reduce_min_epu32(_mm512_min_epu32(_mm512_srli_epi32(negative, 16), _mm512_and_si512(negative, _mm512_set1_epi32(0xffff)))));
+  }
+};
 
 // A double for each lane: where float sums of a few vectors are gathered.
 struct WideSum {
@@ -133,6 +109,7 @@ struct WideSum {
     low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
     high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
   }
+  void add(const WideSum& other) { low = _mm512_add_pd(low, other.low), high = _mm512_add_pd(high, other.high); }
   double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
 };
 
@@ -196,18 +173,47 @@ inline void load_two(const BFloat16* p, Vec& a, Vec& b) {
 }
 
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
-inline void store(BFloat16* p, Vec a) {
+// bfloat16 in the upper half of each lane
+inline __m256i rounded_to_bfloat16(Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+}
+inline void store(BFloat16* p, Vec a) {
+  const __m256i kept = _mm256_srli_epi32(rounded_to_bfloat16(a), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void store_two(BFloat16* p, Vec a, Vec b) {
+  const __m256i lower = _mm256_srli_epi32(rounded_to_bfloat16(a), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(lower, rounded_to_bfloat16(b), 0xaa));
 }
 inline void store(Half* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+struct LargestBits {
+  __m256i positive = _mm256_set1_epi16(INT16_MIN), negative = _mm256_set1_epi16(-1);
+
+  void add(const void* p) {
+    const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    positive = _mm256_max_epi16(positive, bits), negative = _mm256_min_epu16(negative, bits);
+  }
+  uint16_t value() const {
+    // the smallest of eight unsigned: what minpos finds; signed numbers are turned into such
+    const __m256i turned = _mm256_sub_epi16(_mm256_set1_epi16(INT16_MAX), positive);
+    const int largest = INT16_MAX - smallest(turned);
+    return uint16_t(largest >= 0 ? largest : smallest(negative));
+  }
+
+ private:
+  static int smallest(__m256i v) {
+    const __m128i half = _mm_min_epu16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    return _mm_extract_epi16(_mm_minpos_epu16(half), 0);
+  }
+};
 
 struct WideSum {
   __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
@@ -216,6 +222,7 @@ struct WideSum {
     low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)));
     high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
   }
+  void add(const WideSum& other) { low = _mm256_add_pd(low, other.low), high = _mm256_add_pd(high, other.high); }
   double total() const {
     const __m256d s = _mm256_add_pd(low, high);
     const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd(s, 1));
@@ -284,15 +291,22 @@ struct WideSum {
   void add(Vec a) {
     for (int i = 0; i < 4; ++i) lanes[i] += double(a.v[i]);
   }
+  void add(const WideSum& other) {
+    for (int i = 0; i < 4; ++i) lanes[i] += other.lanes[i];
+  }
   double total() const { return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]); }
 };
 
 #endif
 
-// Two vectors of elements from p, in an order that depends on T alone.
+// Two vectors of elements at p, in an order that depends on T alone.
 template <typename T>
 inline void load_two(const T* p, Vec& a, Vec& b) {
   a = load(p), b = load(p + Vec::kLanes);
+}
+template <typename T>
+inline void store_two(T* p, Vec a, Vec b) {
+  store(p, a), store(p + Vec::kLanes, b);
 }
 
 // The first n lanes from p, the others `fill`; never reads past p[n-1].

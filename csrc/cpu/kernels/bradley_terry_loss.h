@@ -1,0 +1,28 @@
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/kernels/transform.h"
+
+namespace lsc {
+
+// Pairs of scores of one dtype, contiguous.
+struct PairInputs {
+  const void *chosen, *rejected;
+  DType dtype;
+  Operand margin;  // a number, or one per pair
+  double center;
+};
+
+// Written for every pair, contiguous; `margin` is null where it is not wanted.
+struct PairGradients {
+  void *chosen, *rejected;
+  float* margin;
+};
+
+LSC_DECLARE_KERNELS(
+    // Pairs [begin, end). Forward returns the sum of their losses, and writes them where `losses` is not null; backward
+    // multiplies each gradient by `factor`, and by `grad` of its pair where that is not null.
+    double bradley_terry_forward(const PairInputs&, float* losses, int64_t begin, int64_t end);
+    void bradley_terry_backward(const PairInputs&, const float* grad, double factor, const PairGradients&, int64_t begin, int64_t end);)
+
+}  // namespace lsc

@@ -1,0 +1,39 @@
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/kernels/mask_rows.h"
+#include "cpu/kernels/rows.h"
+
+namespace lsc {
+
+// Elements in one row; of the mask the row is 0.
+struct WhitenInputs {
+  TypedData x;
+  MaskRows mask;
+};
+
+struct Moments {
+  double count, mean, m2;  // m2: the sum of squares about the mean
+};
+
+// Of the upstream gradient g: its sum, and that of g (x - mean).
+struct GradientSums {
+  double sum, along;
+};
+
+// y = scale (x - mean) + shift, and the gradient to x: of_grad g + of_centred (x - mean) + constant.
+struct Whitening {
+  double mean, scale, shift;
+};
+struct WhiteningGradient {
+  double mean, of_grad, of_centred, constant;
+};
+
+LSC_DECLARE_KERNELS(
+    // Elements [begin, end); what the mask leaves out counts for nothing and becomes 0.
+    Moments whiten_moments(const WhitenInputs&, int64_t begin, int64_t end);
+    void whiten_forward(const WhitenInputs&, const Whitening&, float* out, int64_t begin, int64_t end);
+    GradientSums whiten_gradient_sums(const WhitenInputs&, const float* grad, double mean, int64_t begin, int64_t end);
+    void whiten_backward(const WhitenInputs&, const float* grad, const WhiteningGradient&, void* out, int64_t begin, int64_t end);)
+
+}  // namespace lsc

@@ -1,0 +1,136 @@
+// masked_whiten on the CPU: the moments of all elements, and what is made with them. Between the two, moments of several
+// processes may be merged.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/kernels/masked_whiten.h"
+#include "cpu/mask_tensor.h"
+
+namespace lsc {
+
+namespace {
+
+constexpr int64_t kPerBlock = 1 << 14;
+
+struct Elements {
+  Tensor x;
+  std::optional<Tensor> mask;
+  WhitenInputs kernel;
+
+  Elements(const Tensor& given, const std::optional<Tensor>& given_mask) : x(dense(given)), mask(dense(given_mask)) {
+    kernel.x = typed(x);
+    kernel.mask = mask ? MaskRows{mask->data_ptr(), mask_type(mask->scalar_type(), mask->element_size()), 0, 1}
+                       : MaskRows{nullptr, MaskType::bits8, 0, 0};
+  }
+
+  // Blocks that do not depend on the number of threads; their results come in order.
+  template <typename Result, typename Block>
+  std::vector<Result> blocks(const Block& block) const {
+    const int64_t count = x.numel();
+    std::vector<Result> results((count + kPerBlock - 1) / kPerBlock);
+    torch::stable::parallel_for(0, int64_t(results.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) results[i] = block(i * kPerBlock, std::min(count, (i + 1) * kPerBlock));
+    });
+    return results;
+  }
+};
+
+Moments merged(const std::vector<Moments>& parts) {
+  Moments all{0, 0, 0};
+  double sum = 0;
+  for (const Moments& part : parts) all.count += part.count, sum += part.count * part.mean;
+  if (all.count == 0) return all;
+  all.mean = sum / all.count;
+  for (const Moments& part : parts) all.m2 += part.m2 + part.count * (part.mean - all.mean) * (part.mean - all.mean);
+  return all;
+}
+
+Moments moments_in(const Tensor& tensor) {
+  const auto* values = static_cast<const double*>(tensor.data_ptr());
+  return {values[0], values[1], values[2]};
+}
+
+Tensor doubles(std::initializer_list<double> values) {
+  const int64_t size = int64_t(values.size());
+  const Tensor tensor = empty(Sizes(&size, 1), torch::headeronly::ScalarType::Double);
+  std::copy(values.begin(), values.end(), static_cast<double*>(tensor.data_ptr()));
+  return tensor;
+}
+
+// 1 / sqrt(variance + eps); 0 where that is infinite.
+double scale_of(const Moments& moments, double eps, int64_t correction) {
+  const double degrees = moments.count - double(correction), variance = degrees > 0 ? moments.m2 / degrees : 0;
+  return variance + eps == 0 ? 0 : 1 / std::sqrt(variance + eps);
+}
+
+}  // namespace
+
+static Tensor moments(Tensor x, std::optional<Tensor> mask) {
+  const Elements elements(x, mask);
+  auto* kernel = LSC_DISPATCH_ISA(whiten_moments);
+  const Moments all = merged(elements.blocks<Moments>([&](int64_t begin, int64_t end) { return kernel(elements.kernel, begin, end); }));
+  return doubles({all.count, all.mean, all.m2});
+}
+
+static Tensor forward(Tensor x, std::optional<Tensor> mask, Tensor given_moments, bool shift_mean, double eps, int64_t correction) {
+  const Elements elements(x, mask);
+  const Tensor held = dense(given_moments);
+  const Moments all = moments_in(held);
+  const Whitening rule{all.mean, scale_of(all, eps, correction), shift_mean ? 0 : all.mean};
+  const Tensor out = empty_large(elements.x.sizes(), torch::headeronly::ScalarType::Float);
+  auto* kernel = LSC_DISPATCH_ISA(whiten_forward);
+  torch::stable::parallel_for(0, elements.x.numel(), kPerBlock, [&](int64_t begin, int64_t end) {
+    kernel(elements.kernel, rule, floats(out), begin, end);
+  });
+  return out;
+}
+
+static Tensor sums(Tensor grad, Tensor x, std::optional<Tensor> mask, Tensor given_moments) {
+  const Elements elements(x, mask);
+  const Tensor upstream = dense(grad), held = dense(given_moments);
+  const double mean = moments_in(held).mean;
+  auto* kernel = LSC_DISPATCH_ISA(whiten_gradient_sums);
+  const std::vector<GradientSums> parts = elements.blocks<GradientSums>(
+      [&](int64_t begin, int64_t end) { return kernel(elements.kernel, floats(upstream), mean, begin, end); });
+  GradientSums all{0, 0};
+  for (const GradientSums& part : parts) all.sum += part.sum, all.along += part.along;
+  return doubles({all.sum, all.along});
+}
+
+static Tensor backward(
+    Tensor grad, Tensor x, std::optional<Tensor> mask, Tensor given_moments, Tensor given_sums, bool shift_mean, double eps,
+    int64_t correction) {
+  const Elements elements(x, mask);
+  const Tensor upstream = dense(grad), held = dense(given_moments), held_sums = dense(given_sums);
+  const Moments all = moments_in(held);
+  const auto* total = static_cast<const double*>(held_sums.data_ptr());
+  const double scale = scale_of(all, eps, correction), degrees = all.count - double(correction);
+  const double mean_grad = all.count > 0 ? total[0] / all.count : 0;
+  const WhiteningGradient rule{
+      all.mean, scale, degrees > 0 ? -scale * scale * scale * total[1] / degrees : 0, (shift_mean ? 0 : mean_grad) - scale * mean_grad};
+  const Tensor out = empty_large(elements.x.sizes(), elements.x.scalar_type());
+  auto* kernel = LSC_DISPATCH_ISA(whiten_backward);
+  torch::stable::parallel_for(0, elements.x.numel(), kPerBlock, [&](int64_t begin, int64_t end) {
+    kernel(elements.kernel, floats(upstream), rule, out.data_ptr(), begin, end);
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
+  m.def("masked_whiten_moments(Tensor x, Tensor? mask) -> Tensor");
+  m.def("masked_whiten_forward(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, float eps, int correction) -> Tensor");
+  m.def("masked_whiten_sums(Tensor grad, Tensor x, Tensor? mask, Tensor moments) -> Tensor");
+  m.def("masked_whiten_backward(Tensor grad, Tensor x, Tensor? mask, Tensor moments, Tensor sums, bool shift_mean, float eps,"
+        " int correction) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lsc_kernels, CPU, m) {
+  m.impl("masked_whiten_moments", TORCH_BOX(&moments));
+  m.impl("masked_whiten_forward", TORCH_BOX(&forward));
+  m.impl("masked_whiten_sums", TORCH_BOX(&sums));
+  m.impl("masked_whiten_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace lsc
