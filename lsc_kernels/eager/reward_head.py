@@ -20,7 +20,7 @@ def last_counted(mask: Tensor) -> Tensor:
     return torch.where(mask != 0, places, NOWHERE).amax(-1)
 
 
-def _check_inside(index: Tensor, length: int) -> None:
+def check_inside(index: Tensor, length: int) -> None:
     """On a GPU a bad index gives a NaN score instead: no host wait."""
     if index.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -29,13 +29,12 @@ def _check_inside(index: Tensor, length: int) -> None:
         raise IndexError(f"index must be in [0, S) with S = {length}; got {index[outside][0].item()}")
 
 
-def _check_segments(cu_seqlens: Tensor, tokens: int) -> None:
+def check_segments(cu_seqlens: Tensor, tokens: int, meaning: str) -> None:
+    """On a GPU a sequence whose bounds do not fit counts as empty: no host wait."""
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to N = {tokens}, the rows of hidden; got {cu_seqlens.tolist()}"
-        )
+        raise ValueError(f"cu_seqlens must rise from 0 to N = {tokens}, {meaning}; got {cu_seqlens.tolist()}")
 
 
 def _positions(
@@ -43,13 +42,13 @@ def _positions(
 ) -> Tensor:
     """[B] row of ``hidden.flatten(0, -2)`` that each sequence is scored at; NOWHERE where there is none."""
     if cu_seqlens is not None:
-        _check_segments(cu_seqlens, hidden.shape[0])
+        check_segments(cu_seqlens, hidden.shape[0], "the rows of hidden")
         start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
         inside = (start >= 0) & (start < end) & (end <= hidden.shape[0])
         return torch.where(inside, end - 1, NOWHERE)
     batch, length = hidden.shape[:2]
     if index is not None:
-        _check_inside(index, length)
+        check_inside(index, length)
         place = index.long()
     elif attention_mask is not None:
         place = last_counted(attention_mask)

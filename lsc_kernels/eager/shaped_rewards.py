@@ -7,9 +7,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from lsc_kernels.eager import aggregate_rewards, kl_from_logprobs, reward_head, token_kl, token_rewards
+from lsc_kernels.eager import (
+    aggregate_rewards,
+    kl_from_logprobs,
+    reward_head,
+    token_kl,
+    token_logprobs,
+    token_rewards,
+)
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
 from lsc_kernels.eager.token_rewards import RewardOptions
 
@@ -31,10 +39,14 @@ class RewardSide(NamedTuple):
     floor: float | Tensor
     weights: Tensor | None
     ignore_missing: bool
+    program: tuple[int, ...] | None
 
 
 class PolicySide(NamedTuple):
-    """Two models' logits [B, T, V], or without ``actions`` their log-probabilities [B, T], and where rewards go."""
+    """Two models' logits [B, T, V], or without ``actions`` their log-probabilities [B, T], and where rewards go.
+
+    ``mask`` is the caller's, of any dtype, so that a backend can read it in its one pass: see :func:`with_counted`.
+    """
 
     policy: Tensor
     ref: Tensor
@@ -44,6 +56,16 @@ class PolicySide(NamedTuple):
     temperature: float | Tensor
     place: Tensor | None
     dense: Tensor | None
+
+
+def with_counted(policy: PolicySide) -> PolicySide:
+    """With the positions that the mask and the actions leave in, as bool: what an action leaves out has no reward."""
+    mask = policy.mask
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask != 0
+    if policy.actions is not None:
+        mask = token_logprobs.counted(policy.actions, mask)
+    return policy._replace(mask=mask)
 
 
 class Outputs(NamedTuple):
@@ -62,6 +84,7 @@ class Outputs(NamedTuple):
 def forward(
     reward: RewardSide, policy: PolicySide, kl_options: KLOptions, reward_options: RewardOptions
 ) -> Outputs:
+    policy = with_counted(policy)
     scores = reward.scores
     if scores is None:
         assert reward.hidden is not None and reward.weight is not None

@@ -24,6 +24,16 @@ class RewardOptions(NamedTuple):
     clip_high: float = INF
 
 
+def check_index(index: Tensor | None, kl: Tensor, mask: Tensor | None) -> None:
+    """Raise IndexError for an index outside [0, T) where something counts. On a GPU that row is NaN: no host wait."""
+    if index is None or kl.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    length = kl.shape[1]
+    outside = ((index < 0) | (index >= length)) & (length > 0 if mask is None else (mask != 0).any(-1))
+    if outside.any():
+        raise IndexError(f"index must be in [0, T) with T = {length}; got {index[outside][0].item()}")
+
+
 def _positions(kl: Tensor, counted: Tensor, index: Tensor | None, placement: str) -> tuple[Tensor, Tensor]:
     """[B] where the utility goes, NOWHERE if nothing in the row is counted; [B] whether it falls outside."""
     length = kl.shape[1]
@@ -33,8 +43,7 @@ def _positions(kl: Tensor, counted: Tensor, index: Tensor | None, placement: str
         case "index":
             assert index is not None
             outside = ~none & ((index < 0) | (index >= length))
-            if kl.device.type == "cpu" and not torch.compiler.is_compiling() and outside.any():
-                raise IndexError(f"index must be in [0, T) with T = {length}; got {index[outside][0].item()}")
+            check_index(index, kl, counted)
             return torch.where(none | outside, NOWHERE, index.long()), outside
         case "eos_plus_one":
             place = (last + 1).clamp_max(length - 1)

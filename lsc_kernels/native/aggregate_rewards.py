@@ -18,10 +18,11 @@ def forward(
     floor: float | Tensor,
     weights: Tensor | None,
     ignore_missing: bool,
+    program: tuple[int, ...] | None,
 ) -> Tensor:
     result: Tensor = _ops.aggregate_rewards_forward(
         *(scores, *operand(reference_reward), *operand(scale), *operand(floor)),
-        *(None if weights is None else weights.float(), ignore_missing),
+        *(None if weights is None else weights.float(), ignore_missing, program),
     )
     return result
 
@@ -34,13 +35,14 @@ def backward(
     floor: float | Tensor,
     weights: Tensor | None,
     ignore_missing: bool,
+    program: tuple[int, ...] | None,
     want_reference: bool,
     want_scale: bool,
     want_weights: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     to_scores, to_reference, to_scale, to_weights = _ops.aggregate_rewards_backward(
         *(grad, scores, *operand(reference_reward), *operand(scale), *operand(floor)),
-        *(None if weights is None else weights.float(), ignore_missing),
+        *(None if weights is None else weights.float(), ignore_missing, program),
         *(want_reference, want_scale, want_weights),
     )
     return (

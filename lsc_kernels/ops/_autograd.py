@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+
+
+def quick_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for plain eager calls, without the 2 us that it takes to look for functorch's wrappers."""
+    plain = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+            return function.apply(*arguments)
+        return plain(*arguments)
+
+    return apply
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):

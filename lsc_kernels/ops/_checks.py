@@ -81,6 +81,14 @@ def number(name: str, value: object) -> float:
     return float(value)
 
 
+def fraction(name: str, value: object) -> float:
+    """A float in [0, 1]."""
+    checked = number(name, value)
+    if not 0.0 <= checked <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1]; got {checked}")
+    return checked
+
+
 def interval(name: str, value: object) -> tuple[float, float]:
     """``(low, high)`` with low <= high; None is no limit on either side."""
     if value is None:
@@ -123,7 +131,7 @@ def _check_temperatures(per_row: Tensor, actions: Tensor, mask: Tensor | None) -
     wrong = ~((per_row > 0) & (per_row < math.inf))
     if not wrong.any():
         return
-    wrong &= actions != -100 if mask is None else (actions != -100) & mask
+    wrong &= actions != -100 if mask is None else (actions != -100) & (mask != 0)
     if wrong.any():
         raise ValueError(f"temperature must be finite and > 0; got {per_row[wrong].flatten()[0].item()}")
 

@@ -1,17 +1,18 @@
-"""One utility from the scores of several properties."""
+"""One utility from the scores of several properties, by a formula that says which outputs are good."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lsc_kernels.backends import select
+from lsc_kernels.formula import Formula, compile_formula
 from lsc_kernels.ops import _checks
-from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops._autograd import first_derivative, quick_apply
 from lsc_kernels.ops.lsc_transform import (
     operand,
     save_operands,
@@ -25,20 +26,11 @@ MISSING = ("propagate", "ignore", "raise")
 
 
 def check_properties(
-    properties: int, formula: object, names: Sequence[str] | None, missing: str, device: torch.device
-) -> None:
-    """Check the options that say how K properties make one utility."""
+    properties: int, names: Sequence[str] | None, missing: str, device: torch.device
+) -> tuple[str, ...] | None:
+    """Check the options that say what the K properties are; the names."""
     if properties == 0:
         raise ValueError("scores must be [..., K] with K > 0: there is no property to aggregate")
-    if formula is not None:
-        raise ValueError(f"formula: this version has only None (all properties); got {formula!r}")
-    if names is not None:
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"names must be a sequence of strings; got {names!r}")
-        if len(names) != properties:
-            raise ValueError(f"names must have K = {properties} entries, one per property; got {len(names)}")
-        if len(set(names)) != len(names):
-            raise ValueError(f"names must differ from one another; got {list(names)}")
     if missing not in MISSING:
         raise ValueError(f"missing must be one of {', '.join(MISSING)}; got {missing!r}")
     if missing == "raise" and device.type != "cpu":
@@ -46,15 +38,64 @@ def check_properties(
             f"missing='raise' looks at values, so it works on the CPU only; got scores on {device}. "
             "Use 'propagate' or 'ignore'."
         )
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names must be a sequence of strings; got {names!r}")
+    if len(names) != properties:
+        raise ValueError(f"names must have K = {properties} entries, one per property; got {len(names)}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"names must differ from one another; got {list(names)}")
+    return tuple(names)
 
 
-def check_present(scores: Tensor) -> None:
+class Logic(NamedTuple):
+    """What a formula asks of the backends."""
+
+    program: tuple[int, ...] | None
+    columns: tuple[int, ...] | None
+    """Those it reads; None is all."""
+    weights: Tensor | None
+    """With its exponents."""
+
+
+def logic_of(
+    formula: Formula | str | None, names: tuple[str, ...] | None, scores: Tensor, weights: Tensor | None
+) -> Logic:
+    """A formula as the backends take it, for ``scores`` [..., K]. The AND of all columns is no formula."""
+    if formula is None:
+        return Logic(None, None, weights)
+    if weights is not None and weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        if bool((weights < 0).any()):
+            raise ValueError(f"weights must be >= 0 with a formula; got {weights.min().item()}")
+    compiled = compile_formula(formula, names)
+    columns, last = scores.shape[-1], max(compiled.columns)
+    if last >= columns:
+        raise ValueError(
+            f"formula reads column {last}, but scores has K = {columns}, from 0 to {columns - 1}"
+        )
+    if compiled.exponents is not None:
+        dtype = torch.float64 if scores.dtype is torch.float64 else torch.float32
+        exponents = torch.ones(columns, dtype=dtype, device=scores.device)
+        for column, exponent in zip(compiled.columns, compiled.exponents, strict=True):
+            exponents[column].fill_(exponent)
+        weights = exponents if weights is None else weights * exponents
+    if compiled.plain and len(compiled.columns) == columns:
+        return Logic(None, None, weights)
+    return Logic(compiled.program, compiled.columns, weights)
+
+
+def check_present(scores: Tensor, columns: Sequence[int] | None) -> None:
     """``missing="raise"``. In a compiled graph the error is a RuntimeError: the graph knows no other."""
+    missing = scores.isnan()
+    if columns is not None:
+        unread = [column for column in range(scores.shape[-1]) if column not in columns]
+        missing[..., unread] = False
     message = "scores has NaN (a missing score), and missing='raise' forbids it"
     if torch.compiler.is_compiling():
-        torch._assert_async(~scores.isnan().any(), message)
-    elif scores.isnan().any():
-        first = scores.isnan().nonzero()[0].tolist()
+        torch._assert_async(~missing.any(), message)
+    elif missing.any():
+        first = missing.nonzero()[0].tolist()
         raise ValueError(f"{message}; the first is scores{first}")
 
 
@@ -62,41 +103,51 @@ def aggregate_rewards(
     scores: Tensor,
     reference_reward: float | Tensor,
     *,
-    formula: object = None,
+    formula: Formula | str | None = None,
     names: Sequence[str] | None = None,
     weights: Tensor | None = None,
     scale: float | Tensor = 1.0,
     floor: float | Tensor = 0.0,
     missing: str = "propagate",
 ) -> Tensor:
-    r"""The log-probability that an output has every one of K properties, which are judged independently.
+    r"""The log-probability that an output is good: that K properties, judged independently, satisfy a formula.
 
-    .. math:: u = \sum_k w_k \log\bigl(f_k + (1 - f_k)\,\sigma((r_k - r_{\mathrm{ref},k}) / s_k)\bigr)
+    .. math:: u = \log P(\text{formula}), \qquad
+        \log p_k = w_k \log\bigl(f_k + (1 - f_k)\,\sigma((r_k - r_{\mathrm{ref},k}) / s_k)\bigr)
+
+    Without a formula, all of the properties are wanted, and :math:`u = \sum_k \log p_k`.
 
     Args:
         scores: r, [..., K]; fp32, bf16, fp16, or fp64 (computed in fp64). Any strides.
         reference_reward: :math:`r_\mathrm{ref}`; a float or a tensor that broadcasts against ``scores``.
-        formula: only None, all of the properties, in this version.
+        formula: which outputs are good: a :class:`Formula`, as ``lk.prop("helpful") & ~lk.prop("verbose")`` makes
+            one, or a string that says the same, ``"helpful & ~verbose"``. ``&``, ``|``, ``~``, :func:`at_least`,
+            :func:`weakest`, and ``**`` for an exponent; at most 32 properties, by their names in ``names`` or their
+            column numbers. Columns that it does not mention count for nothing. None is all of the properties.
         names: K names, one per property; they must differ.
-        weights: w, a tensor that broadcasts against ``scores``: the exponent on each property's probability.
-            A property with weight 0 counts for nothing, even where its score is -inf or NaN. None is 1.
+        weights: w, a tensor that broadcasts against ``scores``: the exponent on each property's probability, times the
+            formula's own. A property with weight 0 counts as certainly good, even where its score is -inf or NaN.
+            None is 1. With a formula, not negative.
         scale: s > 0, each reward model's Bradley-Terry temperature; a float or a tensor that broadcasts.
         floor: f in [0, 1), the rate at which each judge is wrong; a float or a tensor that broadcasts.
         missing: what a NaN score means. ``propagate``: the utility is NaN. ``ignore``: the property counts as
-            certainly good. ``raise``: an error (CPU only).
+            certainly good, so that ``~`` of it is certainly false, with a utility of -inf. ``raise``: an error (CPU
+            only).
 
     Returns:
         u [...], fp32 (fp64 if an input is fp64), in nats.
 
     Gradients:
-        To ``scores``, ``reference_reward``, ``scale`` and ``weights``, each in its dtype. First derivative
-        only.
+        To ``scores``, ``reference_reward``, ``scale`` and ``weights``, each in its dtype. Under :func:`weakest` only to
+        the least probable. 0 where a property is certain. First derivative only.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: no property, shapes that do not broadcast, devices that differ, a ``scale`` that is not
-            finite and positive, a ``floor`` outside [0, 1) or that requires grad, names that do not fit, an
-            unknown ``missing``, a formula; NaN scores with ``missing="raise"``.
+        ValueError: a formula that does not parse (the message points at the character), or that names a property which
+            ``names`` does not have, or a column which ``scores`` does not have; no property, shapes that do not
+            broadcast, devices that differ, a ``scale`` that is not finite and positive, a ``floor`` outside [0, 1) or
+            that requires grad, negative ``weights`` with a formula, names that do not fit, an unknown ``missing``; NaN
+            scores with ``missing="raise"``, in columns that the formula reads.
 
     Source:
         Z. Wang et al., "Transforming and Combining Rewards for Aligning Large Language Models" (2024),
@@ -108,18 +159,25 @@ def aggregate_rewards(
         >>> u = lk.aggregate_rewards(scores, torch.tensor([0.0, 0.0]), names=["helpful", "harmless"])
         >>> [round(x, 4) for x in u.tolist()]
         [-1.4402, -0.9482]
+        >>> formula = lk.prop("helpful") & ~lk.prop("verbose")
+        >>> u = lk.aggregate_rewards(scores, 0.0, formula=formula, names=["helpful", "verbose"])
+        >>> [round(x, 4) for x in u.tolist()]
+        [-0.4402, -1.4482]
+        >>> torch.equal(u, lk.aggregate_rewards(scores, 0.0, formula="0 & ~1"))
+        True
     """
     _checks.floating("scores", scores)
     if scores.dim() == 0:
         raise ValueError("scores must be [..., K]; got a scalar")
     device = scores.device
-    check_properties(scores.shape[-1], formula, names, missing, device)
+    names = check_properties(scores.shape[-1], names, missing, device)
     reference_reward = operand("reference_reward", reference_reward, device)
     scale = operand("scale", scale, device)
     floor = operand("floor", floor, device)
     if weights is not None:
         _checks.floating("weights", weights)
         _checks.same_device("weights", weights, "scores", scores)
+    program, read, weights = logic_of(formula, names, scores, weights)
     given = tensors(reference_reward, scale, floor, weights)
     if given:
         operands = {"reference_reward": reference_reward, "scale": scale, "floor": floor, "weights": weights}
@@ -132,12 +190,12 @@ def aggregate_rewards(
             )
         given = tensors(reference_reward, scale, floor, weights)
     if missing == "raise":
-        check_present(scores)
+        check_present(scores, read)
 
     kernels = select("aggregate_rewards", scores, *given)
-    arguments = (scores, reference_reward, scale, floor, weights, missing == "ignore")
+    arguments = (scores, reference_reward, scale, floor, weights, missing == "ignore", program)
     if wants_grad(*arguments):
-        result: Tensor = _AggregateRewards.apply(kernels, *arguments)
+        result: Tensor = _apply(kernels, *arguments)
     else:
         result = kernels.forward(*arguments)
     return result
@@ -154,22 +212,28 @@ class _AggregateRewards(torch.autograd.Function):
         floor: float | Tensor,
         weights: Tensor | None,
         ignore_missing: bool,
+        program: tuple[int, ...] | None,
     ) -> Tensor:
-        ctx.kernels, ctx.ignore_missing = kernels, ignore_missing
+        ctx.kernels, ctx.options = kernels, (ignore_missing, program)
         save_operands(ctx, scores, reference_reward, scale, floor, weights)
-        result: Tensor = kernels.forward(scores, reference_reward, scale, floor, weights, ignore_missing)
+        result: Tensor = kernels.forward(
+            scores, reference_reward, scale, floor, weights, ignore_missing, program
+        )
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         operands = saved_operands(ctx)
-        _, _, want_reference, want_scale, _, want_weights, _ = ctx.needs_input_grad
+        want_reference, want_scale, _, want_weights = ctx.needs_input_grad[2:6]
         with torch.no_grad():
             gradients = ctx.kernels.backward(
-                grad, *operands, ctx.ignore_missing, want_reference, want_scale, want_weights
+                grad, *operands, *ctx.options, want_reference, want_scale, want_weights
             )
         sources = (grad, *tensors(*operands))
         to_scores, to_reference, to_scale, to_weights = (
             first_derivative("aggregate_rewards", each, *sources) for each in gradients
         )
-        return None, to_scores, to_reference, to_scale, None, to_weights, None
+        return None, to_scores, to_reference, to_scale, None, to_weights, None, None
+
+
+_apply = quick_apply(_AggregateRewards)

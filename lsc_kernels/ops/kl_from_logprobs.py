@@ -11,7 +11,7 @@ from torch import Tensor
 from lsc_kernels.backends import select
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
 from lsc_kernels.ops import _checks
-from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops._autograd import first_derivative, quick_apply
 
 KINDS = ("k1", "abs", "k2", "k3")
 
@@ -95,7 +95,7 @@ def kl_from_logprobs(
     kernels = select("kl_from_logprobs", logprobs, ref_logprobs)
     arguments = (logprobs, ref_logprobs, counted, old_logprobs, options)
     if torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad):
-        result: Tensor = _KLFromLogprobs.apply(kernels, *arguments)
+        result: Tensor = _apply(kernels, *arguments)
     else:
         result = kernels.forward(*arguments)
     return result
@@ -128,3 +128,6 @@ class _KLFromLogprobs(torch.autograd.Function):
         to_logprobs = first_derivative("kl_from_logprobs", to_logprobs, *sources)
         to_ref = first_derivative("kl_from_logprobs", to_ref, *sources)
         return None, to_logprobs, to_ref, None, None, None
+
+
+_apply = quick_apply(_KLFromLogprobs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsc_kernels.backends import select
 from lsc_kernels.ops import _checks
-from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops._autograd import first_derivative, quick_apply
 
 
 class Range(NamedTuple):
@@ -153,7 +153,7 @@ def lsc_transform(
 
     kernels = select("lsc_transform", *tensors(reward, reference_reward, scale, floor))
     if wants_grad(reward, reference_reward, scale):
-        result: Tensor = _LscTransform.apply(kernels, reward, reference_reward, scale, floor)
+        result: Tensor = _apply(kernels, reward, reference_reward, scale, floor)
     else:
         result = kernels.forward(reward, reference_reward, scale, floor)
     return result
@@ -182,6 +182,9 @@ class _LscTransform(torch.autograd.Function):
             gradients = ctx.kernels.backward(grad, *operands, want_reference, want_scale)
         sources = (grad, *tensors(*operands))
         return None, *(first_derivative("lsc_transform", each, *sources) for each in gradients), None
+
+
+_apply = quick_apply(_LscTransform)
 
 
 def tensors(*operands: object) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsc_kernels.backends import select
 from lsc_kernels.ops import _checks
-from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops._autograd import first_derivative, quick_apply
 from lsc_kernels.ops.lsc_transform import wants_grad
 
 
@@ -148,7 +148,7 @@ def _one_model(
     kernels = select("reward_head", hidden, weight, bias)
     arguments = (hidden, weight, bias, attention_mask, index, cu_seqlens, every)
     if wants_grad(hidden, weight, bias):
-        scores: Tensor = _RewardHead.apply(kernels, *arguments)
+        scores: Tensor = _apply(kernels, *arguments)
     else:
         scores = kernels.forward(*arguments)
     return scores
@@ -252,3 +252,6 @@ class _RewardHead(torch.autograd.Function):
             first_derivative("reward_head", each, *sources) for each in (to_hidden, to_weight, to_bias)
         )
         return None, *gradients, None, None, None, None
+
+
+_apply = quick_apply(_RewardHead)

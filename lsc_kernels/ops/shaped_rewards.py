@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lsc_kernels.backends import select
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
-from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide
-from lsc_kernels.eager.token_logprobs import IGNORE_INDEX
+from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide, with_counted
 from lsc_kernels.eager.token_rewards import RewardOptions
+from lsc_kernels.formula import Formula
 from lsc_kernels.ops import _checks, kl_from_logprobs, token_kl
-from lsc_kernels.ops._autograd import first_derivative
-from lsc_kernels.ops.aggregate_rewards import check_present, check_properties
+from lsc_kernels.ops._autograd import first_derivative, quick_apply
+from lsc_kernels.ops.aggregate_rewards import check_present, check_properties, logic_of
 from lsc_kernels.ops.lsc_transform import operand, spread, tensors, wants_grad
 from lsc_kernels.ops.reward_head import check_head, reward_head
 from lsc_kernels.ops.token_rewards import reward_options
@@ -52,7 +52,7 @@ def shaped_rewards(
     attention_mask: Tensor | Sequence[Tensor | None] | None = None,
     cu_seqlens: Tensor | Sequence[Tensor | None] | None = None,
     scores: Tensor | None = None,
-    formula: object = None,
+    formula: Formula | str | None = None,
     names: Sequence[str] | None = None,
     weights: Tensor | None = None,
     scale: float | Tensor = 1.0,
@@ -79,6 +79,8 @@ def shaped_rewards(
     sequence's last token also scores the sequence and places its rewards.
 
     .. math:: r_{bt} = -\beta\,\mathrm{KL}_{bt} + 1[t = p(b)] \sum_k w_k \log\sigma((s_{bk} - r_{\mathrm{ref},k}) / c_k)
+
+    with the log-probability of ``formula`` in place of the sum where one is given.
 
     Args:
         hidden: the reward model's hidden states [B, S, H], or packed [N, H] with ``cu_seqlens``; a list for K separate
@@ -155,7 +157,7 @@ def shaped_rewards(
         dense=dense,
     )
     head = head if scores is None else (None,) * 6
-    reward_side = RewardSide._make([*head, scores, 0.0, 1.0, 0.0, None, missing == "ignore"])
+    reward_side = RewardSide._make([*head, scores, 0.0, 1.0, 0.0, None, missing == "ignore", None])
     operands = {"reference_reward": reference_reward, "scale": scale, "floor": floor, "weights": weights}
     reward_side = _aggregation(
         reward_side, operands, formula, names, missing, per_token[0], policy_side.policy
@@ -164,9 +166,7 @@ def shaped_rewards(
     every = (*tensors(*reward_side), policy_side.policy, policy_side.ref, *tensors(dense))
     kernels = select("shaped_rewards", *(tensor for tensor in every if tensor.is_floating_point()))
     if wants_grad(*every):
-        outputs = _ShapedRewards.apply(
-            kernels, kl_options, placing, reward_side.ignore_missing, *reward_side[:-1], *policy_side
-        )
+        outputs = _apply(kernels, kl_options, placing, reward_side[11:], *reward_side[:11], *policy_side)
     else:
         outputs = kernels.forward(reward_side, policy_side, kl_options, placing)
     rewards, utility, own_scores, divergence, logprobs, reference, entropy = outputs[:7]
@@ -206,17 +206,14 @@ def _policy_side(
     _checks.shape(names[1], second, first.shape, names[0])
     _checks.same_device(names[1], second, names[0], first)
     per_token = first.shape[:2]
-    counted = _checks.counted("mask", mask, per_token, "[B, T]", first.device)
+    given = _checks.mask("mask", mask, per_token, "[B, T]", first.device)
     if not from_logits:
-        return PolicySide(first, second, None, counted, None, 1.0, None, None), per_token
+        return PolicySide(first, second, None, given, None, 1.0, None, None), per_token
     ids = _checks.integer("actions", actions)
     _checks.shape("actions", ids, per_token, "[B, T]")
     _checks.same_device("actions", ids, "policy", first)
-    # a place that an action leaves out has no reward either
-    kept = ids != IGNORE_INDEX
-    counted = kept if counted is None else counted & kept
-    tau = _checks.temperature(temperature, ids, counted, first.device)
-    return PolicySide(first, second, ids, counted, None, tau, None, None), per_token
+    tau = _checks.temperature(temperature, ids, given, first.device)
+    return PolicySide(first, second, ids, given, None, tau, None, None), per_token
 
 
 def _check_placement(
@@ -235,7 +232,7 @@ def _check_placement(
 def _aggregation(
     side: RewardSide,
     operands: dict[str, Any],
-    formula: object,
+    formula: Formula | str | None,
     names: Sequence[str] | None,
     missing: str,
     batch: int,
@@ -255,13 +252,14 @@ def _aggregation(
     if columns.shape[0] != batch:
         raise ValueError(f"{source} must have one entry per sequence, B = {batch}; got {columns.shape[0]}")
     _checks.same_device(source, columns, "policy", policy)
-    check_properties(columns.shape[1], formula, names, missing, policy.device)
-    if missing == "raise" and side.scores is not None:
-        check_present(side.scores)
+    names = check_properties(columns.shape[1], names, missing, policy.device)
     weights = operands["weights"]
     if weights is not None:
         _checks.floating("weights", weights)
         _checks.same_device("weights", weights, "policy", policy)
+    program, read, weights = logic_of(formula, names, columns, weights)
+    if missing == "raise" and side.scores is not None:
+        check_present(side.scores, read)
     checked = {
         name: operand(name, operands[name], policy.device) for name in ("reference_reward", "scale", "floor")
     }
@@ -271,7 +269,7 @@ def _aggregation(
             f"reference_reward, scale, floor and weights must broadcast to [B, K] = {list(columns.shape)}; "
             f"got {list(shaped.shape)}"
         )
-    return side._replace(**dict(zip(operands, spread_out, strict=True)))
+    return side._replace(**dict(zip(operands, spread_out, strict=True)), program=program)
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -289,19 +287,14 @@ class _ShapedRewards(torch.autograd.Function):
         kernels: ModuleType,
         kl_options: KLOptions,
         placing: RewardOptions,
-        ignore_missing: bool,
+        logic: tuple[bool, tuple[int, ...] | None],
         *arguments: Any,
     ) -> tuple[Tensor, ...]:
-        reward, policy = RewardSide._make([*arguments[:11], ignore_missing]), PolicySide(*arguments[11:])
+        reward, policy = RewardSide._make([*arguments[:11], *logic]), PolicySide(*arguments[11:])
         outputs = kernels.forward(reward, policy, kl_options, placing)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs.state)
-        ctx.kernels, ctx.kl_options, ctx.placing, ctx.ignore_missing = (
-            kernels,
-            kl_options,
-            placing,
-            ignore_missing,
-        )
+        ctx.kernels, ctx.kl_options, ctx.placing, ctx.logic = kernels, kl_options, placing, logic
         saved = [value if isinstance(value, Tensor) else None for value in arguments]
         ctx.numbers = [None if isinstance(value, Tensor) else value for value in arguments]
         ctx.save_for_backward(*saved, outputs.utility, outputs.scores, outputs.kl, outputs.state)
@@ -317,12 +310,15 @@ class _ShapedRewards(torch.autograd.Function):
             number if tensor is None else tensor
             for tensor, number in zip(saved[:-4], ctx.numbers, strict=True)
         ]
-        reward, policy = RewardSide._make([*arguments[:11], ctx.ignore_missing]), PolicySide(*arguments[11:])
+        reward, policy = RewardSide._make([*arguments[:11], *ctx.logic]), PolicySide(*arguments[11:])
         with torch.no_grad():
             gradients = _gradients(ctx, reward, policy, saved[-4:], upstream)
         sources = (*upstream, *tensors(*arguments))
         marked = (first_derivative("shaped_rewards", each, *sources) for each in gradients)
         return None, None, None, None, *marked
+
+
+_apply = quick_apply(_ShapedRewards)
 
 
 def _gradients(
@@ -333,7 +329,7 @@ def _gradients(
     upstream: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """One per argument of ``_ShapedRewards`` after the options: 11 of the reward side, 8 of the policy side."""
-    kernels, wants = ctx.kernels, ctx.needs_input_grad[4:]
+    kernels, wants, policy = ctx.kernels, ctx.needs_input_grad[4:], with_counted(policy)
     utility, scores, kl, state = saved
     to_rewards, to_utility, to_scores, to_kl, to_logprobs, to_ref_logprobs, to_entropy, _ = upstream
     gradients: list[Tensor | None] = [None] * len(wants)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lsc_kernels.backends import select
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
 from lsc_kernels.ops import _checks
-from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops._autograd import first_derivative, quick_apply
 from lsc_kernels.ops.kl_from_logprobs import kl_options
 
 
@@ -118,7 +118,7 @@ def token_kl(
     kernels = select("token_kl", policy_logits, ref_logits)
     arguments = (policy_logits, ref_logits, actions, counted, old_logprobs, temperature, options)
     if torch.is_grad_enabled() and (policy_logits.requires_grad or ref_logits.requires_grad):
-        return TokenKL(*_TokenKL.apply(kernels, *arguments))
+        return TokenKL(*_apply(kernels, *arguments))
     return TokenKL(*kernels.forward(*arguments)[:4])
 
 
@@ -159,3 +159,6 @@ class _TokenKL(torch.autograd.Function):
         grad_policy = first_derivative("token_kl", grad_policy, *sources)
         grad_ref = first_derivative("token_kl", grad_ref, *sources)
         return None, grad_policy, grad_ref, None, None, None, None, None
+
+
+_apply = quick_apply(_TokenKL)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lsc_kernels.backends import select
 from lsc_kernels.ops import _checks
-from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops._autograd import first_derivative, quick_apply
 
 
 class TokenLogprobs(NamedTuple):
@@ -72,7 +72,7 @@ def token_logprobs(
 
     kernels = select("token_logprobs", logits)
     if logits.requires_grad and torch.is_grad_enabled():
-        return TokenLogprobs(*_TokenLogprobs.apply(kernels, logits, actions, counted, temperature))
+        return TokenLogprobs(*_apply(kernels, logits, actions, counted, temperature))
     return TokenLogprobs(*kernels.forward(logits, actions, counted, temperature)[:2])
 
 
@@ -104,3 +104,6 @@ class _TokenLogprobs(torch.autograd.Function):
             )
         grad = first_derivative("token_logprobs", grad, grad_logprobs, grad_entropy, logits)
         return None, grad, None, None, None
+
+
+_apply = quick_apply(_TokenLogprobs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lsc_kernels.backends import select
 from lsc_kernels.eager.token_rewards import RewardOptions
 from lsc_kernels.ops import _checks
-from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops._autograd import first_derivative, quick_apply
 from lsc_kernels.ops.lsc_transform import wants_grad
 
 PLACEMENTS = ("last", "eos_plus_one", "before_last", "index")
@@ -110,7 +110,7 @@ def token_rewards(
     kernels = select("token_rewards", utility, kl, dense)
     arguments = (utility, kl, mask, index, dense, options)
     if wants_grad(utility, kl, dense):
-        rewards: Tensor = _TokenRewards.apply(kernels, *arguments)
+        rewards: Tensor = _apply(kernels, *arguments)
     else:
         rewards = kernels.forward(*arguments)
     return rewards
@@ -142,3 +142,6 @@ class _TokenRewards(torch.autograd.Function):
             )
         to_utility, to_kl, to_dense = (first_derivative("token_rewards", each, grad) for each in gradients)
         return None, to_utility, to_kl, None, None, to_dense, None
+
+
+_apply = quick_apply(_TokenRewards)

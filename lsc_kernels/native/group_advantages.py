@@ -1,0 +1,38 @@
+"""group_advantages through the compiled kernels, which take and give fp64: it is a number per sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lsc_kernels.eager.group_advantages import GroupOptions
+
+_ops = torch.ops.lsc_kernels
+
+
+def _weights(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.double()
+
+
+def forward(utility: Tensor, group: Tensor, weights: Tensor | None, options: GroupOptions) -> Tensor:
+    advantages: Tensor = _ops.group_advantages_forward(utility.double(), group, _weights(weights), *options)
+    return advantages.float()
+
+
+def backward(
+    grad: Tensor, utility: Tensor, group: Tensor, weights: Tensor | None, options: GroupOptions
+) -> Tensor:
+    to_utility: Tensor = _ops.group_advantages_backward(
+        grad, utility.double(), group, _weights(weights), *options
+    )
+    return to_utility.to(utility.dtype)
+
+
+@torch.library.register_fake("lsc_kernels::group_advantages_forward")
+def _(utility: Tensor, *_: object) -> Tensor:
+    return utility.new_empty(utility.shape[:1])
+
+
+@torch.library.register_fake("lsc_kernels::group_advantages_backward")
+def _(grad: Tensor, utility: Tensor, *_: object) -> Tensor:
+    return utility.new_empty(utility.shape)
