@@ -1,0 +1,58 @@
+"""How kernels are started, and how tensors are handed to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsc_kernels.triton import interpreted
+
+library = torch.library.Library("lsc_kernels_triton", "DEF")
+
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as ``torch.ops.lsc_kernels_triton.<name>``, so that torch.compile takes it as a whole."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema[: schema.index("(")]
+        library.define(schema)
+        library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lsc_kernels_triton::{name}", fake, lib=library)
+        return function
+
+    return register
+
+
+def block(elements: int) -> int:
+    """So many elements a program, where no sum depends on it; more in the interpreter, which pays for programs."""
+    return 32 * elements if interpreted() else elements
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **meta: Any) -> None:
+    """Start ``grid`` programs on the current stream of ``device``.
+
+    Products and sums are never contracted: the exact differences would not survive it.
+    """
+    if 0 in grid:
+        return
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, enable_fp_fusion=False, **meta)
+    else:
+        kernel[grid](*arguments, enable_fp_fusion=False, **meta)
+
+
+def per_row(tensor: Tensor | None) -> tuple[Tensor | None, int]:
+    """A tensor with one number per row, and the stride between them: 0 for one number that was expanded."""
+    if tensor is None:
+        return None, 0
+    if not any(tensor.stride()) and tensor.numel():
+        return tensor, 0
+    return tensor.contiguous(), 1
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

@@ -1,0 +1,258 @@
+"""token_kl in Triton: the kernels are in token_rows.py."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lsc_kernels.eager.kl_from_logprobs import KLOptions
+from lsc_kernels.eager.token_logprobs import check_actions, counted
+from lsc_kernels.triton import interpreted
+from lsc_kernels.triton._launch import block, dense, launch, operator, per_row
+from lsc_kernels.triton.kl import KINDS
+from lsc_kernels.triton.kl_from_logprobs import arguments
+from lsc_kernels.triton.row_state import CHUNK
+from lsc_kernels.triton.token_rows import SAVED, backward_kernel, forward_kernel, read_chunks_kernel
+
+SPLIT_BELOW = 512
+"""Rows: with fewer, a program per row leaves multiprocessors idle (an H200 holds about 4 programs on each of 132)."""
+
+
+class Tiles(NamedTuple):
+    """How a row is read: [rows, lanes] columns at a time by so many warps."""
+
+    ROWS: int
+    LANES: int
+    num_warps: int
+
+
+def tiles(vocabulary: int) -> Tiles:
+    """By V alone, as the order of the additions is in the result.
+
+    1024 lanes are 8 for each of 128 threads: a load of 16 bytes in bf16, two in fp32, and 32 registers of sums. A
+    second row of them takes a thread from 150 registers to 240, and two programs fit on a multiprocessor instead of
+    three. A vocabulary that fits in fewer lanes has fewer.
+    """
+    if vocabulary <= 128:
+        return Tiles(1, 128, 1)
+    return Tiles(4 if interpreted() else 1, 1024, 4)  # the interpreter pays for tiles, not for registers
+
+
+def backward_tile(vocabulary: int) -> int:
+    """2048 columns for 4 warps, 16 a thread: nothing is summed, so there is nothing else to hold."""
+    return 128 if vocabulary <= 128 else min(block(2048), CHUNK.value)
+
+
+def chunks(vocabulary: int) -> int:
+    return -(-vocabulary // CHUNK.value)
+
+
+def rows_of(logits: Tensor) -> Tensor:
+    """[..., V] as [outer, inner, V], without a copy where two leading dimensions or fewer remain."""
+    if logits.dim() < 3:
+        return logits.view(1, -1, logits.shape[-1]) if logits.dim() == 1 else logits.unsqueeze(0)
+    return logits if logits.dim() == 3 else logits.reshape(-1, *logits.shape[-2:])
+
+
+def model(logits: Tensor | None) -> tuple[Any, ...]:
+    """A model's logits as the kernels take them: data, strides, and the step between columns, None for 1."""
+    if logits is None:
+        return None, 0, 0, None
+    outer, inner, step = rows_of(logits).stride()
+    return logits, outer, inner, None if step == 1 else step
+
+
+def aligned(logits: Tensor | None) -> bool:
+    """Whether every row begins at a multiple of 16 bytes, so that loads can be 16 bytes wide."""
+    if logits is None:
+        return False
+    outer, inner, step = rows_of(logits).stride()
+    in_16_bytes = 16 // logits.element_size()
+    return step == 1 and logits.data_ptr() % 16 == 0 and outer % in_16_bytes == 0 == inner % in_16_bytes
+
+
+def temperature_of(temperatures: Tensor | None, temperature: float) -> tuple[Tensor | None, int, float]:
+    return *per_row(temperatures), temperature
+
+
+def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """A temperature as the ops take it: per row, or one number."""
+    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
+
+
+def read_chunks(
+    policy: Tensor,
+    ref: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    temperature: tuple[Any, ...],
+    reverse: bool,
+) -> tuple[Tensor | None, bool]:
+    """Room for the states of a row's chunks where there are several, and whether the row's program is to read them.
+
+    Where rows are few, a kernel of its own has read them here.
+    """
+    rows, vocabulary = actions.numel(), policy.shape[-1]
+    count = chunks(vocabulary)
+    if count == 1:
+        return None, True
+    states = policy.new_empty((rows, count, 10), dtype=torch.float64)
+    if rows >= SPLIT_BELOW:
+        return states, True
+    launch(
+        read_chunks_kernel, (rows, count), policy.device, *model(policy), *model(ref), actions, mask, *temperature,
+        states, rows_of(policy).shape[1], vocabulary, reverse, aligned(policy), aligned(ref),
+        **tiles(vocabulary)._asdict(),
+    )  # fmt: skip
+    return states, False
+
+
+def forward_rows(
+    policy: Tensor,
+    ref: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    kind: int | None,
+    straight_through: bool,
+    *limits: float,
+) -> list[Tensor]:
+    """kl, logprobs, ref_logprobs, entropy and saved; kl and ref_logprobs are empty without ``ref``."""
+    vocabulary = policy.shape[-1]
+    if actions.is_cpu:
+        check_actions(actions, vocabulary, counted(actions, mask))
+    own_actions, own_mask = actions.contiguous(), dense(mask)
+    per_temperature = temperature_of(temperatures, temperature)
+    reverse = kind == KINDS.index("full_reverse")
+    states, reads = read_chunks(policy, ref, own_actions, own_mask, per_temperature, reverse)
+    outputs = new_rows(actions, ref is not None)
+    launch(
+        forward_kernel, (actions.numel(),), policy.device, *model(policy), *model(ref),
+        own_actions, own_mask, dense(old_logprobs), *per_temperature, states, *outputs,
+        rows_of(policy).shape[1], vocabulary, *limits, kind, straight_through, reads, aligned(policy), aligned(ref),
+        **tiles(vocabulary)._asdict(),
+    )  # fmt: skip
+    return outputs
+
+
+def backward_rows(
+    grads: tuple[Tensor | None, ...],
+    policy: Tensor,
+    ref: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    kind: int | None,
+    straight_through: bool,
+    *limits_saved_and_wants: Any,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to the policy's and the reference's logits; empty where they are not wanted."""
+    *limits, saved, want_policy, want_ref = limits_saved_and_wants
+    vocabulary = policy.shape[-1]
+    to_policy = policy.new_empty(policy.shape if want_policy else (0,))
+    to_ref = actions.new_empty(0) if ref is None else ref.new_empty(ref.shape if want_ref else (0,))
+    full = (
+        kind is not None and KINDS[kind].startswith("full") and not straight_through and grads[0] is not None
+    )
+    reads_ref = want_ref or full
+    if not reads_ref:
+        ref = None
+    launch(
+        backward_kernel, (actions.numel(), chunks(vocabulary)), policy.device,
+        *(each for grad in grads for each in per_row(grad)), *model(policy), *model(ref),
+        actions.contiguous(), dense(mask), dense(old_logprobs), *temperature_of(temperatures, temperature),
+        saved, to_policy if want_policy else None, to_ref if want_ref else None, rows_of(policy).shape[1], vocabulary,
+        *limits, kind, straight_through, reads_ref, aligned(policy), aligned(ref),
+        TILE=backward_tile(vocabulary), num_warps=tiles(vocabulary).num_warps,
+    )  # fmt: skip
+    return to_policy, to_ref
+
+
+def new_rows(actions: Tensor, pair: bool) -> list[Tensor]:
+    def new() -> Tensor:
+        return actions.new_empty(actions.shape, dtype=torch.float32)
+
+    def pair_only() -> Tensor:
+        return new() if pair else actions.new_empty(0, dtype=torch.float32)
+
+    saved = actions.new_empty((actions.numel(), SAVED.value), dtype=torch.float64)
+    return [pair_only(), new(), pair_only(), new(), saved]
+
+
+@operator(
+    "token_kl_forward(Tensor policy_logits, Tensor ref_logits, Tensor actions, Tensor? mask, Tensor? old_logprobs,"
+    " Tensor? temperatures, float temperature, int kind, bool straight_through, float ratio_low, float ratio_high,"
+    " float kl_low, float kl_high) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda policy_logits, ref_logits, actions, *_: tuple(new_rows(actions, True)),
+)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(forward_rows(*arguments))
+
+
+def _fake_gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
+    policy, ref, (want_policy, want_ref) = arguments[4], arguments[5], arguments[-2:]
+    return (
+        policy.new_empty(policy.shape if want_policy else (0,)),
+        ref.new_empty(ref.shape if want_ref else (0,)),
+    )
+
+
+@operator(
+    "token_kl_backward(Tensor? grad_kl, Tensor? grad_logprobs, Tensor? grad_ref_logprobs, Tensor? grad_entropy,"
+    " Tensor policy_logits, Tensor ref_logits, Tensor actions, Tensor? mask, Tensor? old_logprobs,"
+    " Tensor? temperatures, float temperature, int kind, bool straight_through, float ratio_low, float ratio_high,"
+    " float kl_low, float kl_high, Tensor saved, bool want_policy, bool want_ref) -> (Tensor, Tensor)",
+    _fake_gradients,
+)
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return backward_rows(arguments[:4], *arguments[4:])
+
+
+_ops = torch.ops.lsc_kernels_triton
+
+
+def forward(
+    policy_logits: Tensor,
+    ref_logits: Tensor,
+    actions: Tensor,
+    mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    temperature: float | Tensor,
+    options: KLOptions,
+) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _ops.token_kl_forward(
+        *(policy_logits, ref_logits, actions, mask, old_logprobs),
+        *(*split_temperature(temperature), *arguments(options)),
+    )
+    return outputs
+
+
+def backward(
+    grad_kl: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_ref_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    policy_logits: Tensor,
+    ref_logits: Tensor,
+    actions: Tensor,
+    mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    temperature: float | Tensor,
+    options: KLOptions,
+    state: Tensor,
+    want_policy: bool,
+    want_ref: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    policy, ref = _ops.token_kl_backward(
+        *(grad_kl, grad_logprobs, grad_ref_logprobs, grad_entropy),
+        *(policy_logits, ref_logits, actions, mask, old_logprobs),
+        *(*split_temperature(temperature), *arguments(options)),
+        *(state, want_policy, want_ref),
+    )
+    return policy if want_policy else None, ref if want_ref else None
