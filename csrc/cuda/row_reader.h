@@ -1,0 +1,652 @@
+// Reads a row of one or two models' logits once, block by block, and makes its RowState.
+//
+// Design constraint: a pair of bf16 logits may take about 20 instructions of a thread if the memory of an H200 is to be kept
+// busy. So there is one exponential per pair, no pass for the maximum, no barrier in the loop, and what is seldom needed
+// stands in branches that whole warps take.
+//
+// Who computes what. A row is cut into chunks of kChunk columns; the cut depends on V alone. A block reads a chunk in tiles:
+//
+//   start   All threads find the largest main logit of the first tile, about which the chunk's sums are taken: m, and as
+//           the centre c the difference x - y there; or the tile's weighted mean of x - y, if that logit is unlike the rest.
+//   loop    Each thread adds its columns to float sums of its own. Warps do not wait for one another. A warp whose vector
+//           holds a logit above m (which shows in the sum of its weights) takes that for its m; one far above brings its
+//           own centre too, and then the sums so far are parked as a RowState in double.
+//   end     The sums of the threads are added up in double, and become the chunk's state with what was parked.
+//
+// The states of the chunks are merged in a fixed order, by the lanes of a warp: the same bits whether one block read them
+// all or each another block.
+//
+// Two ways to take delta = (x - y)/T - c/T. Where the centre is no larger than the spread of the differences about it, and
+// than 1, the rounding of x - y is no larger than delta's own, and two instructions do. Elsewhere (a reference shifted
+// against the policy) the exact difference of math/log_ratio.h is taken. Which it is, is decided with the origin.
+//
+// w = 2^((x - m) k), k = log2(e)/T, is exactly 1 at the largest logit: what is left of 1 where a row is sure of one token
+// stays accurate to its own size.
+#pragma once
+
+#include "cuda/row_source.h"
+#include "math/log_ratio.h"
+#include "math/row_state.h"
+
+namespace lsc {
+namespace LSC_ISA {
+
+constexpr int64_t kChunk = 32 * kTile;
+
+LSC_DEVICE int64_t chunks_of(int64_t vocabulary) { return (vocabulary + kChunk - 1) / kChunk; }
+
+// What a block reads: one model's logits, or two; kReverse: the other model is the policy, so the entropy is its.
+enum class Reading { alone, pair, pair_reversed };
+
+// Where the weights of a thread's columns add up to more than this, one of them may be above the largest so far.
+constexpr float kLevel = 1;
+// A logit this many powers of two above the largest so far brings its own centre.
+constexpr float kRise = 4;
+// A maximum below all logits: the first that is not -inf rises above it.
+constexpr float kUnseen = -3e38f;
+constexpr float kLog2e = 0x1.715476p+0f;
+
+struct Temperature {
+  float k, inverse;
+
+  LSC_DEVICE explicit Temperature(double temperature)
+      : k(float(1.4426950408889634074 / temperature)), inverse(float(1 / temperature)) {}
+};
+
+// About what sums are taken.
+struct Origin {
+  float main = kUnseen, other = kUnseen;  // the maxima
+  float centre = 0, centre_low = 0;       // plain: c/T in one float; else c in two
+  bool plain = false;
+
+  LSC_DEVICE void set_centre(double c, bool is_plain, double temperature) {
+    plain = is_plain;
+    if (plain) {
+      centre = float(c / temperature), centre_low = 0;
+    } else {
+      centre = float(c), centre_low = float(c - double(centre));
+    }
+  }
+  LSC_DEVICE void set_centre_of(const Origin& from) {
+    centre = from.centre, centre_low = from.centre_low, plain = from.plain;
+  }
+  LSC_DEVICE double exact_centre(const Temperature& t) const {
+    return plain ? double(centre) / t.inverse : double(centre) + centre_low;
+  }
+};
+
+// A float sum that keeps what its additions round away.
+struct CarefulSum {
+  float sum = 0, low = 0;
+
+  LSC_DEVICE void scale(float factor) {
+    const float product = sum * factor;
+    low = fma(low, factor, fma(sum, factor, -product));
+    sum = product;
+  }
+
+  LSC_DEVICE void add(float value) {
+    const float total = sum + value, added = total - sum;
+    low += (sum - (total - added)) + (value - added);
+    sum = total;
+  }
+  LSC_DEVICE double value() const { return double(sum) + low; }
+};
+
+// A thread's sums over the columns with |delta| < 0.7: S, D, A, and H of all columns unless reversed.
+struct Sums {
+  CarefulSum S;
+  float D = 0, A = 0, H = 0;
+};
+
+// Over the others: W, WD, and V of the other model. In shared memory, as most threads have none.
+struct LargeSums {
+  CarefulSum W, V;
+  float WD = 0, VH = 0;
+  bool other_misses = false;
+};
+
+// From weights about one maximum to a larger one, `shift` powers of two below.
+template <Reading kReading>
+LSC_DEVICE void lower_main(Sums& sums, LargeSums& large, float shift) {
+  const float factor = exp2_fast(shift);
+  if (factor == 0) shift = 0;  // nothing is left but NaN
+  const float policy = kReading == Reading::pair_reversed ? sums.S.sum + sums.A - sums.D : sums.S.sum + large.W.sum;
+  sums.H = fma(policy, shift, sums.H) * factor;
+  sums.S.scale(factor), large.W.scale(factor);
+  sums.D *= factor, sums.A *= factor, large.WD *= factor;
+}
+LSC_DEVICE void lower_other(LargeSums& large, float shift) {
+  const float factor = exp2_fast(shift);
+  if (factor == 0) shift = 0;
+  large.VH = fma(large.V.sum, shift, large.VH) * factor;
+  large.V.scale(factor);
+}
+
+// The sums of a warp or a block, in the order in which they lie in shared memory.
+enum Total { kS, kD, kA, kH, kW, kWD, kV, kVH, kTotals };
+
+// What is done once for many columns, in double, stands in functions of its own and works in shared memory: it would cost
+// the loop its registers.
+LSC_COLD void merge_apart(RowState<double>* into, const RowState<double>* from, double temperature, bool reverse) {
+  merge(*into, *from, temperature, reverse);
+}
+
+template <Reading kReading>
+LSC_COLD void make_state(RowState<double>* made, const double* total, const Origin& origin, double temperature, bool other_misses) {
+  const Temperature t(temperature);
+  RowState<double> out;
+  const double T = temperature, to_nats = 1 / (double(t.k) * T);
+  out.main_max = origin.main;
+  out.S = total[kS] + total[kW];
+  if constexpr (kReading == Reading::alone) {
+    out.H = total[kH] * to_nats;
+    *made = out;
+    return;
+  }
+  const double S = total[kS], D = total[kD], A = total[kA], W = total[kW], WD = total[kWD], V = total[kV];
+  const double other = origin.other;
+  out.centre = origin.exact_centre(t);
+  if (out.S == 0) out.main_max = other + out.centre;  // every main logit is -inf: any scale serves
+  // the small lanes' share of the other model's sum is about `from_small`, the others' about `other`
+  const double small = S + A - D, from_small = out.main_max - out.centre;
+  const double large = scaled(V, std::exp((other - from_small) / T)) - W;  // sum w expm1(-delta) of the large lanes
+  out.D = D + WD, out.A = A + (large + WD), out.B = (A - D) + large;
+  double H = total[kH] * to_nats;
+  if (V == 0) {
+    out.other_max = from_small, out.other_S = small;
+  } else {
+    out.other_max = from_small > other ? from_small : other;
+    const double small_shift = (from_small - out.other_max) / T, large_shift = (other - out.other_max) / T;
+    out.other_S = scaled(small, std::exp(small_shift)) + scaled(V, std::exp(large_shift));
+    if (kReading == Reading::pair_reversed) {
+      H = rescaled_entropy_sum(H, small, small_shift) + rescaled_entropy_sum(total[kVH] * to_nats, V, large_shift);
+    }
+  }
+  out.H = H;
+  out.other_misses = other_misses;
+  *made = out;
+}
+
+// The lanes of a warp merge n <= 32 states into the first: neighbours, then pairs of neighbours, and so on.
+LSC_DEVICE void merge_all(RowState<double>* states, int n, double temperature, bool reverse) {
+  for (int step = 1; step < n; step *= 2) {
+    sync_warp();
+    const int lane = int(lane_index());
+    if (lane % (2 * step) == 0 && lane + step < n) merge_apart(states + lane, states + lane + step, temperature, reverse);
+  }
+  sync_warp();
+}
+
+// Memory of a type whose constructor is not to run.
+template <typename T, int kCount>
+struct Uninitialised {
+  alignas(T) unsigned char bytes[kCount * sizeof(T)];
+
+  LSC_DEVICE T* data() { return reinterpret_cast<T*>(bytes); }
+  LSC_DEVICE T& operator[](int i) { return data()[i]; }
+};
+
+struct ReaderMemory {
+  alignas(16) unsigned char stages[2][kStageBytes];
+  double totals[kWarps][kTotals], block_totals[kTotals];
+  Uninitialised<RowState<double>, kWarps> parked, made;  // one of a warp each
+  Uninitialised<Origin, kWarps + 1> origin;  // of the warps; and what those have in common that have parked nothing
+  Uninitialised<RowState<double>, kWarp> chunks;
+  Uninitialised<RowState<double>, 1> row;
+  float first[kWarps][4], check[kWarps][4];
+  float main[kWarps], other[kWarps];  // the warps' maxima
+  bool has_parked[kWarps], other_misses[kWarps];
+  bool last, undefined;
+  double temperature;
+  float spread[kWarps];  // mean |x - y - c| of the chunk's first tile, at most T: a centre as small needs no exact differences
+  Uninitialised<LargeSums, kThreads> large;
+};
+
+// One of the sums, over the warps that have parked nothing, brought to common maxima.
+LSC_COLD double block_total(const ReaderMemory& memory, unsigned which, float main, float other, float k, bool reverse) {
+  double sum = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (memory.has_parked[w]) continue;
+    const double* total = memory.totals[w];
+    const bool of_other = which == kV || which == kVH;
+    const double shift = (of_other ? double(memory.other[w]) - other : double(memory.main[w]) - main) * k;
+    double value = total[which];
+    if (shift != 0) {
+      const double policy = reverse ? total[kS] + total[kA] - total[kD] : total[kS] + total[kW];
+      if (which == kH) value += scaled(policy, shift);
+      if (which == kVH) value += scaled(total[kV], shift);
+      value = scaled(value, std::exp2(shift));
+    }
+    sum += value;
+  }
+  return sum;
+}
+
+template <typename T, Reading kReading>
+class RowReader {
+ public:
+  static constexpr bool kPair = kReading != Reading::alone, kReverse = kReading == Reading::pair_reversed;
+
+  LSC_DEVICE RowReader(ReaderMemory& memory, const RowSource<T>& main, const RowSource<T>& other, double temperature)
+      : memory_(memory), main_(main), other_(other), t_(temperature) {
+    if (thread_index() == 0) memory_.temperature = temperature;  // read after the first barrier
+  }
+
+  // Columns [begin, end), whole chunks but for the last of a row. Warp 0 calls take(i, state) with the state of the i-th of
+  // them, which is its first lane's.
+  template <typename Take>
+  LSC_DEVICE void read(int64_t begin, int64_t end, const Take& take) {
+#pragma unroll
+    for (int i = 0; i + 1 < kStages<T>; ++i) copy(begin + i * kTile, end, i);
+    int stage = 0;
+    for (int64_t tile = begin; tile < end; tile += kTile) {
+      wait_copies<kStages<T> - 2>();
+      float x[kColumns], y[kColumns];
+      unpack(stage, x, y);
+      // into the place of the tile before this one
+      copy(tile + (kStages<T> - 1) * kTile, end, (stage + kStages<T> - 1) % kStages<T>);
+      if ((tile - begin) % kChunk == 0) start(x, y, end - tile);
+      add(x, y, stage);
+      if ((tile - begin) % kChunk == kChunk - kTile || tile + kTile >= end) finish((tile - begin) / kChunk, take);
+      stage = (stage + 1) % kStages<T>;
+    }
+    wait_copies<0>();
+  }
+
+ private:
+  // A thread's columns about an origin.
+  struct Step {
+    float u[kColumns], w[kColumns], delta[kColumns];
+    float total;
+    bool small;  // every |delta| < 0.7
+  };
+
+  LSC_DEVICE unsigned char* staged(int model, int stage) const {
+    return memory_.stages[model] + stage * (kStageBytes / kStages<T>);
+  }
+  LSC_DEVICE void copy(int64_t tile, int64_t end, int stage) const {
+    if (tile < end) {
+      main_.copy(tile, end, staged(0, stage));
+      if constexpr (kPair) other_.copy(tile, end, staged(1, stage));
+    }
+    end_batch();
+  }
+  LSC_DEVICE void unpack(int stage, float (&x)[kColumns], float (&y)[kColumns]) const {
+    main_.unpack(staged(0, stage), x);
+    if constexpr (kPair) {
+      other_.unpack(staged(1, stage), y);
+    } else {
+      for (float& each : y) each = 0;
+    }
+  }
+
+  LSC_DEVICE Step weigh(const float (&x)[kColumns], const float (&y)[kColumns], const Origin& origin) const {
+    Step s;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      s.u[i] = max_nan((x[i] - origin.main) * t_.k, -200.0f);  // so that 0 u is 0
+      s.w[i] = exp2_fast(s.u[i]);
+    }
+    s.total = sum(s.w);
+    s.small = true;
+    if constexpr (kPair) {
+      if (origin.plain) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) s.delta[i] = fma(x[i] - y[i], t_.inverse, -origin.centre);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          s.delta[i] = centred_difference(x[i], y[i], origin.centre, origin.centre_low) * t_.inverse;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) s.small = s.small && fabsf(s.delta[i]) < kSmallLogRatio;
+    }
+    return s;
+  }
+
+  static LSC_DEVICE float sum(const float (&v)[kColumns]) {
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+  }
+
+  LSC_DEVICE void add(const float (&x)[kColumns], const float (&y)[kColumns], int stage) {
+    const Step s = weigh(x, y, origin_);
+    if (any_lane(!(s.total <= kLevel && s.small))) {
+      add_rare(s, weigh_other(x, y, s), stage);
+      return;
+    }
+    float d = 0, a = 0, h = 0;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) add_small(s.u[i], s.w[i], s.delta[i], d, a, h);
+    sums_.S.add(s.total);
+    sums_.D += d, sums_.A += a, sums_.H += h;
+  }
+
+  static LSC_DEVICE void add_small(float u, float w, float delta, float& d, float& a, float& h) {
+    if constexpr (kPair) {
+      const float wd = w * delta, square = wd * delta, P = expm1_remainder(delta);
+      d += wd;
+      a = fma(square, P, a);
+      // the policy is the other model: w e^-delta and its logarithm
+      if constexpr (kReverse) h = fma(fma(square, P, w - wd), fma(delta, -kLog2e, u), h);
+    }
+    if constexpr (!kReverse) h = fma(w, u, h);
+  }
+
+  LSC_DEVICE float from_other(float y, float other) const { return max_nan((y - other) * t_.k, -200.0f); }
+
+  // What the large lanes have of the other model.
+  struct OtherStep {
+    float v[kColumns], vh;
+    bool misses;
+  };
+
+  LSC_DEVICE OtherStep weigh_other(const float (&x)[kColumns], const float (&y)[kColumns], const Step& s) const {
+    OtherStep o;
+    o.vh = 0, o.misses = false;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const float u = from_other(y[i], origin_.other);
+      o.v[i] = !kPair || fabsf(s.delta[i]) < kSmallLogRatio ? 0.0f : exp2_fast(u);
+      if constexpr (kReverse) o.vh = fma(o.v[i], u, o.vh);
+      if constexpr (kPair) o.misses = o.misses || (y[i] == -INFINITY && x[i] > -INFINITY);
+    }
+    return o;
+  }
+
+  // A vector with something unusual: a large |delta|, an infinity, a NaN, the end of the row, or a logit that may outweigh
+  // all so far.
+  LSC_DEVICE void add_rare(const Step& s, const OtherStep& o, int stage) {
+    if (!any_lane(!(s.total <= kLevel && sum(o.v) <= kLevel))) {
+      add_carefully(s, o);
+    } else if (!raise(stage)) {
+      add_anew(stage);
+    }
+  }
+
+  LSC_DEVICE void add_anew(int stage) {
+    float x[kColumns], y[kColumns];
+    unpack(stage, x, y);
+    const Step s = weigh(x, y, origin_);
+    add_carefully(s, weigh_other(x, y, s));
+  }
+
+  LSC_DEVICE void add_carefully(const Step& s, const OtherStep& o) {
+    float small[kColumns], large[kColumns], d = 0, a = 0, h = 0, wd = 0;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const bool is_small = !kPair || fabsf(s.delta[i]) < kSmallLogRatio;
+      small[i] = is_small ? s.w[i] : 0.0f;
+      large[i] = is_small ? 0.0f : s.w[i];
+      add_small(s.u[i], small[i], is_small ? s.delta[i] : 0.0f, d, a, h);
+      if constexpr (kPair) {
+        if constexpr (!kReverse) h = fma(large[i], s.u[i], h);
+        wd = fma(large[i], fabsf(s.delta[i]) < INFINITY ? s.delta[i] : 0.0f, wd);
+      }
+    }
+    sums_.S.add(sum(small));
+    sums_.D += d, sums_.A += a, sums_.H += h;
+    if constexpr (kPair) {
+      LargeSums& sums = large_sums();
+      sums.W.add(sum(large)), sums.V.add(sum(o.v));
+      sums.WD += wd, sums.VH += o.vh;
+      sums.other_misses = sums.other_misses || o.misses;
+    }
+  }
+
+  LSC_DEVICE LargeSums& large_sums() { return memory_.large[int(thread_index())]; }
+  LSC_DEVICE void clear_sums() {
+    sums_ = Sums(), large_sums() = LargeSums();
+  }
+
+  static LSC_DEVICE float largest(const float (&x)[kColumns]) {
+    float value = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) value = value < x[i] ? x[i] : value;
+    return value;
+  }
+
+  // y at the first largest x of this thread
+  static LSC_DEVICE float beside(const float (&x)[kColumns], const float (&y)[kColumns], float value) {
+    float result = y[0];
+#pragma unroll
+    for (int i = kColumns - 1; i >= 0; --i) result = x[i] == value ? y[i] : result;
+    return result;
+  }
+
+  LSC_DEVICE void store_totals() {
+    const LargeSums& large = large_sums();
+    double values[kTotals] = {sums_.S.value(), sums_.D, sums_.A, sums_.H, large.W.value(), large.WD, large.V.value(), large.VH};
+    const double total = warp_sums8(values);
+    if (lane_index() % 4 == 0) memory_.totals[warp_index()][lane_index() / 4] = total;
+    sync_warp();
+  }
+
+  // The state of the stored totals, made by one lane.
+  LSC_DEVICE void make_stored(const Origin& origin, bool other_misses) {
+    const unsigned warp = warp_index();
+    memory_.origin[warp] = origin;
+    make_state<kReading>(&memory_.made[warp], memory_.totals[warp], memory_.origin[warp], memory_.temperature, other_misses);
+  }
+  LSC_DEVICE void park_made() {
+    const unsigned warp = warp_index();
+    if (parked_) {
+      merge_apart(&memory_.parked[warp], &memory_.made[warp], memory_.temperature, kReverse);
+    } else {
+      memory_.parked[warp] = memory_.made[warp];
+    }
+  }
+
+  // The warp's sums since its last change of origin, into what it has parked.
+  LSC_DEVICE void absorb() {
+    store_totals();
+    const bool misses = any_lane(large_sums().other_misses);
+    if (lane_index() == 0) make_stored(origin_, misses), park_made();
+    sync_warp();
+    parked_ = true;
+    clear_sums();
+  }
+
+  // Takes new maxima from the warp's vector. True if that moved the centre, and the vector has been added on the way. NaN
+  // and +inf change nothing: they spread through the sums.
+  LSC_DEVICE bool raise(int stage) {
+    float x[kColumns], y[kColumns];
+    unpack(stage, x, y);
+    const float own = largest(x), main_max = warp_max(own), other_max = kPair ? warp_max(largest(y)) : kUnseen;
+    const bool other_rises = kPair && other_max > origin_.other && other_max < INFINITY;
+    if (main_max > origin_.main && main_max < INFINITY) {
+      const float rise = (main_max - origin_.main) * t_.k;
+      if (kPair && rise > kRise) {
+        const uint32_t holders = ballot(own == main_max);
+        int holder = 0;
+        while (!(holders >> holder & 1)) ++holder;
+        const float difference = main_max - shuffle(beside(x, y, own), holder);
+        const float centre = fabsf(difference) < INFINITY ? difference : 0.0f;
+        move_origin(main_max, other_max > -INFINITY && other_max < INFINITY ? other_max : main_max - centre, centre, stage);
+        return true;
+      }
+      lower_main<kReading>(sums_, large_sums(), -rise);
+      origin_.main = main_max;
+    }
+    if (other_rises) {
+      lower_other(large_sums(), (origin_.other - other_max) * t_.k);
+      origin_.other = other_max;
+    }
+    return false;
+  }
+
+  // Parks the sums so far, and the vector's own state about its largest logit, or about its mean if that suits it better.
+  // The vector is taken again from the block's memory, which leaves the loop its registers.
+  LSC_DEVICE void move_origin(float main_max, float other_max, float centre, int stage) {
+    absorb();
+    origin_.main = main_max, origin_.other = other_max;
+    origin_.set_centre(centre, false, memory_.temperature);
+    for (int attempt = 0;; ++attempt) {
+      add_anew(stage);
+      store_totals();
+      const bool misses = any_lane(large_sums().other_misses);
+      clear_sums();
+      const RowState<double>& made = memory_.made[warp_index()];
+      if (lane_index() == 0) make_stored(origin_, misses);
+      sync_warp();
+      if (attempt > 0 || !centre_is_outlier(made)) break;
+      origin_.set_centre(made.centre + memory_.temperature * made.D / made.S, false, memory_.temperature);
+      sync_warp();
+    }
+    if (lane_index() == 0) park_made();
+    sync_warp();
+    origin_from_parked();
+  }
+
+  // E[delta]^2 > 3/4 E[delta^2], or far from 0
+  static LSC_DEVICE bool centre_is_outlier(const RowState<double>& s) {
+    return s.D * s.D > 1.5 * s.A * s.S || std::fabs(s.D) > double(kSmallLogRatio) * s.S;
+  }
+
+  LSC_DEVICE void origin_from_parked() {
+    const RowState<double>& parked = memory_.parked[warp_index()];
+    origin_.main = float(parked.main_max);
+    origin_.other = parked.other_S > 0 ? float(parked.other_max) : kUnseen;
+    const double spread = memory_.temperature * std::sqrt(2 * parked.A / parked.S);
+    origin_.set_centre(parked.centre, std::fabs(parked.centre) <= fmin(spread, double(memory_.spread[warp_index()])), memory_.temperature);
+  }
+
+  // Block: the origin of a chunk, from its first tile.
+  LSC_DEVICE void start(const float (&x)[kColumns], const float (&y)[kColumns], int64_t columns) {
+    clear_sums();
+    parked_ = false;
+    float main_max = largest(x), other = kPair ? beside(x, y, main_max) : 0.0f, other_max = kPair ? largest(y) : 0.0f;
+#pragma unroll
+    for (int mask = kWarp / 2; mask; mask /= 2) {
+      const float main_max_there = shuffle_xor(main_max, mask), other_there = shuffle_xor(other, mask);
+      // of equals, the lower lane's
+      const bool there = main_max < main_max_there || (main_max == main_max_there && (lane_index() & unsigned(mask)));
+      main_max = there ? main_max_there : main_max, other = there ? other_there : other;
+      if constexpr (kPair) {
+        const float other_max_there = shuffle_xor(other_max, mask);
+        other_max = other_max < other_max_there ? other_max_there : other_max;
+      }
+    }
+    float(&first)[kWarps][4] = memory_.first;
+    if (lane_index() == 0) first[warp_index()][0] = main_max, first[warp_index()][1] = other, first[warp_index()][2] = other_max;
+    sync_block();
+    main_max = first[0][0], other = first[0][1], other_max = first[0][2];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) {
+      if (main_max < first[w][0]) main_max = first[w][0], other = first[w][1];
+      if (other_max < first[w][2]) other_max = first[w][2];
+    }
+    origin_ = Origin();
+    if (main_max > -INFINITY && main_max < INFINITY) origin_.main = main_max;
+    if constexpr (kPair) {
+      if (other_max > -INFINITY && other_max < INFINITY) origin_.other = other_max;
+      const float difference = main_max - other;
+      choose_centre(x, y, fabsf(difference) < INFINITY ? difference : 0.0f, columns < kTile ? columns : kTile);
+    }
+  }
+
+  struct Check {
+    float S, D, A, far;  // of the tile: A as the sum of w delta^2/2 where |delta| < 1, w |delta| beyond; `far` of |delta|
+  };
+
+  LSC_DEVICE Check check(const float (&x)[kColumns], const float (&y)[kColumns]) {
+    const Step s = weigh(x, y, origin_);
+    float sums[4] = {s.total, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const float far = fabsf(s.delta[i]), delta = far < INFINITY ? s.delta[i] : 0.0f, size = fabsf(delta);
+      sums[1] = fma(s.w[i], delta, sums[1]);
+      sums[2] = fma(s.w[i] * size, size < 1 ? 0.5f * size : 1.0f, sums[2]);
+      sums[3] += size;
+    }
+    const float total = warp_sums4(sums);
+    if (lane_index() % 8 == 0) memory_.check[warp_index()][lane_index() / 8] = total;
+    sync_block();
+    Check all{0, 0, 0, 0};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      all.S += memory_.check[w][0], all.D += memory_.check[w][1];
+      all.A += memory_.check[w][2], all.far += memory_.check[w][3];
+    }
+    return all;
+  }
+
+  LSC_DEVICE void choose_centre(const float (&x)[kColumns], const float (&y)[kColumns], double centre, int64_t columns) {
+    origin_.set_centre(centre, false, memory_.temperature);
+    Check tile = check(x, y);
+    if (tile.D * tile.D > 1.5f * tile.A * tile.S || fabsf(tile.D) > kSmallLogRatio * tile.S) {
+      const double mean = centre + memory_.temperature * double(tile.D / tile.S);
+      origin_.set_centre(mean, false, memory_.temperature);
+      sync_block();
+      const Check again = check(x, y);
+      // else the mean is an outlier too, dragged away by a column that the other model nearly excludes
+      if (again.A < 0.5f * again.S) {
+        centre = mean, tile = again;
+      } else {
+        origin_.set_centre(centre, false, memory_.temperature);
+      }
+    }
+    const float temperature = float(memory_.temperature), spread = temperature * fminf(1.0f, tile.far / float(columns));
+    const float weighted = temperature * sqrtf(2 * tile.A / tile.S);
+    const bool plain = std::fabs(centre) <= double(weighted < spread ? weighted : spread);
+    if (lane_index() == 0) memory_.spread[warp_index()] = spread;
+    sync_warp();
+    if (plain) origin_.set_centre(centre, true, memory_.temperature);
+  }
+
+  // Block: the chunk's state from what its threads have summed.
+  template <typename Take>
+  LSC_DEVICE void finish(int64_t chunk, const Take& take) {
+    const bool misses = any_lane(large_sums().other_misses);
+    if (parked_) {
+      absorb();
+    } else {
+      store_totals();
+    }
+    if (lane_index() == 0) {
+      memory_.has_parked[warp_index()] = parked_, memory_.other_misses[warp_index()] = misses;
+      memory_.main[warp_index()] = origin_.main, memory_.other[warp_index()] = origin_.other;
+      memory_.origin[warp_index()] = origin_;
+    }
+    sync_block();
+    if (warp_index() != 0) return;
+    const Origin origin = common_origin();
+    if (lane_index() < kTotals) memory_.block_totals[lane_index()] = block_total(memory_, lane_index(), origin.main, origin.other, t_.k, kReverse);
+    sync_warp();
+    RowState<double>& state = memory_.made[0];
+    if (lane_index() == 0) {
+      bool any_misses = false;
+      for (int w = 0; w < kWarps; ++w) any_misses = any_misses || (!memory_.has_parked[w] && memory_.other_misses[w]);
+      memory_.origin[kWarps] = origin;
+      make_state<kReading>(&state, memory_.block_totals, memory_.origin[kWarps], memory_.temperature, any_misses);
+      for (int w = 0; w < kWarps; ++w)
+        if (memory_.has_parked[w]) merge_apart(&state, &memory_.parked[w], memory_.temperature, kReverse);
+    }
+    take(chunk, state);
+  }
+
+  // Of the warps that have parked nothing: they share the centre.
+  LSC_DEVICE Origin common_origin() const {
+    Origin origin;
+    bool any = false;
+    for (int w = 0; w < kWarps; ++w) {
+      if (memory_.has_parked[w]) continue;
+      if (!any) origin.set_centre_of(memory_.origin[w]);
+      any = true;
+      if (origin.main < memory_.main[w]) origin.main = memory_.main[w];
+      if (origin.other < memory_.other[w]) origin.other = memory_.other[w];
+    }
+    return origin;
+  }
+
+  ReaderMemory& memory_;
+  const RowSource<T>&main_, &other_;
+  const Temperature t_;
+  Origin origin_;
+  Sums sums_;
+  bool parked_ = false;
+};
+
+}  // namespace LSC_ISA
+}  // namespace lsc

@@ -1,0 +1,222 @@
+// Columns of a row of logits, a few per thread, on their way from memory to floats.
+//
+// A step of a block is a tile of kTile columns. Which thread takes which columns of it depends on the dtype alone, not on
+// where the row lies in memory, so that a row gives the same bits wherever it lies. A row that begins on a multiple of 16
+// bytes is read in loads of 16; another one element by element, from the first cache; so is what is left at a row's end.
+#pragma once
+
+#include "cpu/kernels/rows.h"
+#include "cuda/device.h"
+
+namespace lsc {
+namespace LSC_ISA {
+
+constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+constexpr int kColumns = 8;  // of a thread, in a tile
+constexpr int kTile = kThreads * kColumns;
+
+// Two models of different dtypes, each known at run time only.
+struct Mixed {};
+
+// Neighbouring columns of a thread: 16 bytes of a 16-bit type, and of float. A tile of floats has two such groups.
+template <typename T>
+constexpr int kGroup = 4;
+template <>
+inline constexpr int kGroup<BFloat16> = 8;
+template <>
+inline constexpr int kGroup<Half> = 8;
+
+template <typename T>
+LSC_DEVICE int64_t column_of(int64_t tile, int i) {
+  return tile + (i / kGroup<T>)*kThreads * kGroup<T> + thread_index() * kGroup<T> + i % kGroup<T>;
+}
+
+template <typename T>
+LSC_DEVICE T excluded() {
+  if constexpr (sizeof(T) == 4) {
+    return T(-INFINITY);
+  } else {
+    T value;
+    from_float(-INFINITY, &value);
+    return value;
+  }
+}
+
+// kGroup columns from `column` on, what lies at `end` or beyond as -inf.
+template <typename T, int kCount>
+LSC_DEVICE void read_group(const T* row, int64_t column, int64_t end, bool wide, T (&group)[kCount]) {
+  using Words = std::conditional_t<sizeof(T) * kCount == 16, Words4, Words2>;
+  if (wide && column + kCount <= end) {
+    const Words words = load_once<Words>(row + column);
+    memcpy(group, &words, sizeof words);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) group[i] = column + i < end ? row[column + i] : excluded<T>();
+  }
+}
+
+// A thread's columns of a few tiles on their way through the block's memory: 64 bytes a thread and model. Each thread reads
+// what it copied itself, so there is nothing to wait for but the copy.
+constexpr int kStageBytes = 64 * kThreads;
+template <typename T>
+constexpr int kStages = kStageBytes / (kThreads * 32);
+template <>
+inline constexpr int kStages<BFloat16> = kStageBytes / (kThreads * 16);
+template <>
+inline constexpr int kStages<Half> = kStageBytes / (kThreads * 16);
+
+LSC_DEVICE unsigned char* staged_group(unsigned char* stage, int group) {
+  return stage + (group * kThreads + int(thread_index())) * 16;
+}
+
+// Starts copying kCount columns from `column` on; what lies at `end` or beyond becomes -inf.
+template <typename T, int kCount>
+LSC_DEVICE void copy_group(const T* row, int64_t column, int64_t end, bool wide, unsigned char* to) {
+  if (wide && column + kCount <= end) {
+    copy_async<int(sizeof(T)) * kCount>(to, row + column);
+  } else {
+    T* group = reinterpret_cast<T*>(to);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) group[i] = column + i < end ? row[column + i] : excluded<T>();
+  }
+}
+
+// One model's row.
+template <typename T>
+class RowSource {
+ public:
+  // The columns of a thread as they came from memory: loads in flight.
+  struct Raw {
+    T columns[kColumns];
+  };
+
+  LSC_DEVICE RowSource(const Rows& rows, int64_t offset)
+      : row_(static_cast<const T*>(rows.data) + offset), wide_(reinterpret_cast<uintptr_t>(row_) % 16 == 0) {}
+
+  LSC_DEVICE Raw fetch(int64_t tile, int64_t end) const {
+    Raw raw;
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kGroup<T>) {
+      T group[kGroup<T>];
+      read_group(row_, column_of<T>(tile, first), end, wide_, group);
+#pragma unroll
+      for (int i = 0; i < kGroup<T>; ++i) raw.columns[first + i] = group[i];
+    }
+    return raw;
+  }
+
+  LSC_DEVICE void unpack(const Raw& raw, float (&x)[kColumns]) const {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) x[i] = to_float(raw.columns[i]);
+  }
+
+  LSC_DEVICE void copy(int64_t tile, int64_t end, unsigned char* stage) const {
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kGroup<T>) {
+      copy_group<T, kGroup<T>>(row_, column_of<T>(tile, first), end, wide_, staged_group(stage, first / kGroup<T>));
+    }
+  }
+
+  LSC_DEVICE void unpack(unsigned char* stage, float (&x)[kColumns]) const {
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kGroup<T>) {
+      T group[kGroup<T>];
+      memcpy(group, __builtin_assume_aligned(staged_group(stage, first / kGroup<T>), 16), sizeof group);
+#pragma unroll
+      for (int i = 0; i < kGroup<T>; ++i) x[first + i] = to_float(group[i]);
+    }
+  }
+
+  LSC_DEVICE float at(int64_t column) const { return to_float(row_[column]); }
+
+ private:
+  const T* row_;
+  bool wide_;
+};
+
+template <>
+class RowSource<Mixed> {
+ public:
+  struct Raw {
+    float columns[kColumns];
+  };
+
+  LSC_DEVICE RowSource(const Rows& rows, int64_t offset)
+      : row_(static_cast<const char*>(rows.data) + offset * (rows.dtype == DType::float32 ? 4 : 2)), dtype_(rows.dtype),
+        wide_(reinterpret_cast<uintptr_t>(row_) % (rows.dtype == DType::float32 ? 16 : 8) == 0) {}
+
+  LSC_DEVICE Raw fetch(int64_t tile, int64_t end) const {
+    Raw raw;
+    switch (dtype_) {
+      case DType::float32: fetch_as<float>(tile, end, raw); break;
+      case DType::bfloat16: fetch_as<BFloat16>(tile, end, raw); break;
+      case DType::float16: fetch_as<Half>(tile, end, raw); break;
+    }
+    return raw;
+  }
+
+  LSC_DEVICE void unpack(const Raw& raw, float (&x)[kColumns]) const {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) x[i] = raw.columns[i];
+  }
+
+  LSC_DEVICE void copy(int64_t tile, int64_t end, unsigned char* stage) const {
+    switch (dtype_) {
+      case DType::float32: return copy_as<float>(tile, end, stage);
+      case DType::bfloat16: return copy_as<BFloat16>(tile, end, stage);
+      case DType::float16: return copy_as<Half>(tile, end, stage);
+    }
+  }
+
+  LSC_DEVICE void unpack(unsigned char* stage, float (&x)[kColumns]) const {
+    switch (dtype_) {
+      case DType::float32: return unpack_as<float>(stage, x);
+      case DType::bfloat16: return unpack_as<BFloat16>(stage, x);
+      case DType::float16: return unpack_as<Half>(stage, x);
+    }
+  }
+
+  LSC_DEVICE float at(int64_t column) const {
+    switch (dtype_) {
+      case DType::bfloat16: return to_float(reinterpret_cast<const BFloat16*>(row_)[column]);
+      case DType::float16: return to_float(reinterpret_cast<const Half*>(row_)[column]);
+      case DType::float32: break;
+    }
+    return reinterpret_cast<const float*>(row_)[column];
+  }
+
+ private:
+  template <typename T>
+  LSC_DEVICE void fetch_as(int64_t tile, int64_t end, Raw& raw) const {
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kGroup<Mixed>) {
+      T group[kGroup<Mixed>];
+      read_group(reinterpret_cast<const T*>(row_), column_of<Mixed>(tile, first), end, wide_, group);
+#pragma unroll
+      for (int i = 0; i < kGroup<Mixed>; ++i) raw.columns[first + i] = to_float(group[i]);
+    }
+  }
+
+  template <typename T>
+  LSC_DEVICE void copy_as(int64_t tile, int64_t end, unsigned char* stage) const {
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kGroup<Mixed>) {
+      copy_group<T, kGroup<Mixed>>(reinterpret_cast<const T*>(row_), column_of<Mixed>(tile, first), end, wide_,
+                                   staged_group(stage, first / kGroup<Mixed>));
+    }
+  }
+  template <typename T>
+  LSC_DEVICE void unpack_as(unsigned char* stage, float (&x)[kColumns]) const {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      x[i] = to_float(reinterpret_cast<const T*>(staged_group(stage, i / kGroup<Mixed>))[i % kGroup<Mixed>]);
+    }
+  }
+
+  const char* row_;
+  DType dtype_;
+  bool wide_;
+};
+
+}  // namespace LSC_ISA
+}  // namespace lsc

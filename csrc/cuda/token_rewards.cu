@@ -1,0 +1,118 @@
+// token_rewards on CUDA: a block a sequence. It looks for the last counted positions in the mask, then passes once over kl,
+// mask and dense rewards and writes the rewards. Sums are formed in fp64 and rounded once: the op waits for memory.
+//
+// On a GPU an index outside [0, T) makes its sequence's rewards NaN, and gives utility no gradient but NaN.
+#include "cpu/reward_tensors.h"
+#include "cuda/mask.h"
+#include "cuda/tensors.h"
+#include "cuda/transform.h"
+
+namespace lsc {
+namespace cuda {
+
+constexpr int kSequenceThreads = 256;
+constexpr int64_t kNowhere = -1, kOutside = -2;
+
+// Block: where the utility goes.
+LSC_DEVICE int64_t position_of(LastCountedMemory& memory, const RewardInputs& in, int64_t row, int64_t last) {
+  if (last < 0) return kNowhere;
+  switch (in.placement) {
+    case Placement::last: break;
+    case Placement::eos_plus_one: return last + 1 < in.length ? last + 1 : in.length - 1;
+    case Placement::before_last: {
+      const int64_t before = last_counted<kSequenceThreads>(memory, in.mask, row, last);
+      return before < 0 ? last : before;
+    }
+    case Placement::index: {
+      const int64_t index = in.index_is_int32 ? static_cast<const int32_t*>(in.index)[row] : static_cast<const int64_t*>(in.index)[row];
+      return index < 0 || index >= in.length ? kOutside : index;
+    }
+  }
+  return last;
+}
+
+struct RewardsForward {
+  RewardInputs in;
+  float* rewards;
+};
+
+struct RewardsBackward {
+  RewardInputs in;
+  const float* grad;
+  RewardGradients out;
+};
+
+LSC_KERNEL(kSequenceThreads, 4) token_rewards_forward(LSC_ARGUMENT RewardsForward a) {
+  LastCountedMemory& memory = block_memory<LastCountedMemory>();
+  const RewardInputs& in = a.in;
+  const int64_t row = block_index(), last = last_counted<kSequenceThreads>(memory, in.mask, row, in.length), place = position_of(memory, in, row, last);
+  for (int64_t t = thread_index(); t < in.length; t += kSequenceThreads) {
+    const int64_t at = row * in.length + t;
+    double reward = 0;
+    if (is_counted(in.mask, row, t)) {
+      if (in.dense.data) reward = load_one(in.dense.dtype, in.dense.data, at);
+      // beta 0 keeps even a NaN KL out
+      if (in.beta != 0) reward -= in.beta * double(load_one(in.kl.dtype, in.kl.data, at));
+    }
+    if (t == place) {
+      const double utility = load_one(in.utility.dtype, in.utility.data, row);
+      reward += utility < in.clip_low ? in.clip_low : utility > in.clip_high ? in.clip_high : utility;
+    }
+    a.rewards[at] = place == kOutside ? NAN : float(reward);
+  }
+}
+
+LSC_KERNEL(kSequenceThreads, 4) token_rewards_backward(LSC_ARGUMENT RewardsBackward a) {
+  LastCountedMemory& memory = block_memory<LastCountedMemory>();
+  const RewardInputs& in = a.in;
+  const int64_t row = block_index();
+  const float* upstream = a.grad + row * in.length;
+  if (a.out.utility) {
+    const int64_t last = last_counted<kSequenceThreads>(memory, in.mask, row, in.length), place = position_of(memory, in, row, last);
+    if (thread_index() == 0) {
+      const float utility = load_one(in.utility.dtype, in.utility.data, row);
+      const bool clipped = utility < in.clip_low || utility > in.clip_high;
+      const float gradient = place == kOutside ? NAN : place < 0 || clipped ? 0.0f : upstream[place];
+      store_one(in.utility.dtype, a.out.utility, row, gradient);
+    }
+  }
+  if (!a.out.kl && !a.out.dense) return;
+  for (int64_t t = thread_index(); t < in.length; t += kSequenceThreads) {
+    const int64_t at = row * in.length + t;
+    const float to_dense = is_counted(in.mask, row, t) ? upstream[t] : 0.0f;
+    if (a.out.dense) store_one(in.dense.dtype, a.out.dense, at, to_dense);
+    if (a.out.kl) store_one(in.kl.dtype, a.out.kl, at, to_dense == 0 || in.beta == 0 ? 0.0f : float(-in.beta * double(to_dense)));
+  }
+}
+
+static Tensor forward(
+    Tensor utility, Tensor kl, std::optional<Tensor> mask, std::optional<Tensor> index, std::optional<Tensor> dense_rewards,
+    double beta, int64_t placement, double clip_low, double clip_high) {
+  const RewardTensors inputs(utility, kl, mask, index, dense_rewards, beta, placement, clip_low, clip_high);
+  const Tensor rewards = floats_on(kl, kl.sizes());
+  launch(&token_rewards_forward, kl.size(0), kSequenceThreads, kl, RewardsForward{inputs.kernel, floats(rewards)});
+  return rewards;
+}
+
+static std::tuple<Tensor, Tensor, Tensor> backward(
+    Tensor grad, Tensor utility, Tensor kl, std::optional<Tensor> mask, std::optional<Tensor> index,
+    std::optional<Tensor> dense_rewards, double beta, int64_t placement, double clip_low, double clip_high, bool want_utility,
+    bool want_kl, bool want_dense) {
+  const RewardTensors inputs(utility, kl, mask, index, dense_rewards, beta, placement, clip_low, clip_high);
+  const Tensor upstream = dense(grad);
+  const Tensor to_utility = want_utility ? empty_on(kl, utility.sizes(), utility.scalar_type()) : nothing_on(kl);
+  const Tensor to_kl = want_kl ? empty_on(kl, kl.sizes(), kl.scalar_type()) : nothing_on(kl);
+  const Tensor to_dense = want_dense ? empty_on(kl, kl.sizes(), dense_rewards->scalar_type()) : nothing_on(kl);
+  const RewardGradients out{want_utility ? to_utility.data_ptr() : nullptr, want_kl ? to_kl.data_ptr() : nullptr,
+                            want_dense ? to_dense.data_ptr() : nullptr};
+  launch(&token_rewards_backward, kl.size(0), kSequenceThreads, kl, RewardsBackward{inputs.kernel, floats(upstream), out});
+  return {to_utility, to_kl, to_dense};
+}
+
+LSC_CUDA_OPS(m) {
+  m.impl("token_rewards_forward", TORCH_BOX(&forward));
+  m.impl("token_rewards_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace cuda
+}  // namespace lsc
