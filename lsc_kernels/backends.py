@@ -3,14 +3,16 @@
 A backend is a package with one module per op, and every module offers the same ``forward`` and ``backward``. They
 compute values and know nothing of autograd. ``select`` is called once per public call.
 
-=========  ==========================================================  ==========================
+=========  ==========================================================  ============================================
 backend    what it is                                                  serves
-=========  ==========================================================  ==========================
+=========  ==========================================================  ============================================
 native     C++ kernels, compiled into ``lsc_kernels._C``               CPU: fp32, bf16, fp16
+triton     kernels that Triton compiles when they are first used       CUDA (sm_80 and newer, AMD gfx90a and newer)
 eager      the definitions in plain PyTorch, computed in fp64          every device, every dtype
-=========  ==========================================================  ==========================
+=========  ==========================================================  ============================================
 
-fp64 input is always served by ``eager``: that is the documented path for it, not a fallback.
+fp64 input is always served by ``eager``: that is the documented path for it, not a fallback. Triton's interpreter
+(``TRITON_INTERPRET=1``) serves CPU tensors where it is asked for by name: it is for tests.
 """
 
 from __future__ import annotations
@@ -22,18 +24,27 @@ from typing import Final
 
 import torch
 
-from lsc_kernels import eager, native
+from lsc_kernels import eager, native, triton
 
 CHOICES: Final = ("auto", "native", "triton", "eager")
 
-_TRITON_MISSING: Final = "this version has no Triton kernels"
+PREFERENCE: Final = {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")}
+"""What ``auto`` tries on a device, in order. Neither ``triton`` nor ``native`` was measured on a GPU yet."""
 
 
-def _native_reason(device_type: str) -> str | None:
-    """Why ``native`` cannot serve a device; None when it can."""
-    if device_type != "cpu":
-        return f"this version has native kernels for the CPU only, not for {device_type}"
-    return native.UNAVAILABLE
+def _reason(backend: str, device_type: str) -> str | None:
+    """Why a backend cannot serve a device; None when it can."""
+    if backend == "native":
+        return native.unavailable(device_type)
+    if backend == "triton":
+        return triton.unavailable(device_type)
+    return None
+
+
+def _ops(backend: str, device_type: str) -> dict[str, ModuleType]:
+    if backend == "native":
+        return native.ops(device_type)
+    return triton.ops() if backend == "triton" else eager.OPS
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -47,15 +58,14 @@ def backends() -> dict[str, dict[str, str]]:
         >>> lk.backends()["cpu"]["eager"]
         'available'
     """
-    no_cuda = None if torch.cuda.is_available() else "torch sees no CUDA device"
-    table: dict[str, dict[str, str]] = {}
-    for device, missing in (("cpu", None), ("cuda", no_cuda)):
-        table[device] = {
-            "native": missing or _native_reason(device) or "available",
-            "triton": missing or _TRITON_MISSING,
-            "eager": missing or "available",
+    missing = {"cpu": None, "cuda": None if torch.cuda.is_available() else "torch sees no CUDA device"}
+    return {
+        device: {
+            backend: missing[device] or _reason(backend, device) or "available"
+            for backend in ("native", "triton", "eager")
         }
-    return table
+        for device in ("cpu", "cuda")
+    }
 
 
 def set_backend(name: str) -> None:
@@ -84,6 +94,11 @@ def set_backend(name: str) -> None:
                 f"backend {name!r} is not available here ({reasons}). `lsc-kernels info` says how to get it."
             )
     _choice, _environment_error = name, native.MISCONFIGURED
+    _serving.clear()
+    if name != "auto":
+        for device in ("cpu", "cuda"):
+            if available[device][name] == "available":
+                _serving[device] = _ops(name, device)
 
 
 def get_backend() -> str:
@@ -106,26 +121,43 @@ def select(op: str, *tensors: torch.Tensor | None) -> ModuleType:
     """The module that serves ``op`` for these tensors (all on one device, which the op has checked)."""
     if _environment_error is not None:
         _check_environment()
-    on_cpu = True
+    device_type = "cpu"
     for tensor in tensors:
         if tensor is not None:
             if tensor.dtype is torch.float64:
                 return eager.OPS[op]
-            on_cpu = tensor.is_cpu
-    if on_cpu and _choice in ("auto", "native") and op in native.OPS:
-        return native.OPS[op]
-    if _choice == "eager":
-        return eager.OPS[op]
-    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if _choice == "auto":
-        if not torch.compiler.is_compiling():
-            _warn_fallback(op, device_type)
-        return eager.OPS[op]
-    reason = _native_reason(device_type) if _choice == "native" else _TRITON_MISSING
-    raise RuntimeError(
-        f"{op}: backend {_choice!r} does not serve {device_type} tensors: {reason}. "
-        "lk.set_backend('auto') lets the op choose."
-    )
+            if not tensor.is_cpu:
+                device_type = tensor.device.type
+    if device_type not in _serving:
+        _decide(device_type)
+    kernels = _serving[device_type]
+    if op in kernels:
+        return kernels[op]
+    if not torch.compiler.is_compiling():
+        _warn_fallback(op, device_type)
+    return eager.OPS[op]
+
+
+_serving: dict[str, dict[str, ModuleType]] = {}
+"""The modules that serve a device, as decided at the first call on it. An op that is missing falls back to eager."""
+
+
+def _decide(device_type: str) -> None:
+    """Choose a device's backend; a name that was asked for and does not serve it is an error."""
+    if _choice != "auto":
+        reason = _reason(_choice, device_type)
+        if reason is not None:
+            raise RuntimeError(
+                f"backend {_choice!r} does not serve {device_type} tensors: {reason}. "
+                "lk.set_backend('auto') lets the op choose."
+            )
+        _serving[device_type] = _ops(_choice, device_type)
+        return
+    _serving[device_type] = {}
+    for backend in PREFERENCE.get(device_type, ()):
+        if backend != "eager" and _reason(backend, device_type) is None:
+            _serving[device_type] = _ops(backend, device_type)
+            break
 
 
 _warned: set[tuple[str, str]] = set()
@@ -135,8 +167,13 @@ def _warn_fallback(op: str, device_type: str) -> None:
     if (op, device_type) in _warned:
         return
     _warned.add((op, device_type))
+    reasons = [
+        f"{backend}: {_reason(backend, device_type) or 'has no kernel for this op'}"
+        for backend in PREFERENCE.get(device_type, ("native", "triton"))
+        if backend != "eager"
+    ]
     warnings.warn(
-        f"lsc_kernels.{op}: no compiled kernel for {device_type} tensors ({_native_reason(device_type)}); "
+        f"lsc_kernels.{op}: no compiled kernel for {device_type} tensors ({'; '.join(reasons)}); "
         "using eager PyTorch, which is slower and needs more memory. `lsc-kernels info` says how to get the kernels.",
         RuntimeWarning,
         stacklevel=4,

@@ -17,23 +17,16 @@ from typing import NoReturn
 
 import lsc_kernels
 from lsc_kernels.errors import UserError
+from lsc_kernels.extras import EXTRA_OF, MissingExtra
 
 # What `--help` says of each, beside its name; it lives in the module lsc_kernels.<name>.
 COMMANDS = {
     "info": "what is installed, which backend serves which device, how to get what is missing",
     "demo": "train, score and time everything on small models made on the spot, offline",
     "score": "rewards, utilities and KL for every response of a data set",
+    "calibrate": "reference rewards per prompt, from tables of scores of any size",
+    "plan": "what rewards would buy for the same KL, from a table of scores, before training",
     "bench": "time the ops on this machine against eager PyTorch and torch.compile",
-}
-
-# Which extra brings a module that a subcommand may find missing.
-EXTRAS = {
-    "transformers": "hf",
-    "tokenizers": "hf",
-    "datasets": "hf",
-    "pyarrow": "hf",
-    "rich": "hf",
-    "matplotlib": "plot",
 }
 
 
@@ -69,12 +62,12 @@ def check_environment() -> None:
 
 def explain(error: Exception) -> str | None:
     """The line that tells a user's mistake; None for an error that is not the user's."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, MissingExtra)):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        if package in EXTRAS:
-            return f"{package} is not installed; get it with: pip install 'lsc-kernels[{EXTRAS[package]}]'"
+        if package in EXTRA_OF:
+            return f"{package} is not installed; get it with: pip install 'lsc-kernels[{EXTRA_OF[package]}]'"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return None

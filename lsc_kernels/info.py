@@ -27,6 +27,8 @@ EXTRA_MODULES = {
     "hf": ("transformers", "datasets", "pyarrow", "rich"),
     "trl": ("trl",),
     "plot": ("matplotlib",),
+    "reference": ("pyarrow", "duckdb", "rich", "datasketches"),
+    "ray": ("ray",),
     "bench": ("pytest", "pytest_benchmark"),
 }
 

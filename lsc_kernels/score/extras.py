@@ -14,8 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from ..errors import UserError
-
-EXTRA_OF = {"transformers": "hf", "pyarrow": "hf", "rich": "hf", "datasets": "hf", "matplotlib": "plot"}
+from ..extras import EXTRA_OF
 
 
 def require(*modules: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from ..errors import UserError
+from ..plotting import COLOURS, bar_style, line_style, new_figure, save_figure
 from .extras import require
 from .store import read_metadata
 from .summary import ScoreSummary, kl_by_position, summarize
@@ -16,23 +16,8 @@ from .summary import ScoreSummary, kl_by_position, summarize
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SUFFIXES = (".png", ".pdf", ".svg")
-# Okabe and Ito's colours: told apart by colour-blind readers; the line styles tell them apart in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", "--", ":", "-.")
-HATCHES = ("", "///", "...", "xxx")
 FEWEST_ROWS = 0.05  # the KL is drawn up to the position that this share of rows reaches
 KL_BINS = 32
-
-
-def check_figure_name(path: Path) -> None:
-    """Refuse a name whose ending is no kind of figure, before anything is computed.
-
-    Raises:
-        UserError: it ends in something else.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--plot {path}: wants a name ending in {', '.join(SUFFIXES)}")
 
 
 def draw(out: Path, path: Path) -> None:
@@ -42,27 +27,16 @@ def draw(out: Path, path: Path) -> None:
         UserError: matplotlib is missing, or the figure cannot be written.
     """
     require("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     summary = summarize(out)
     names = read_metadata(out)["names"]
     columns = [f"{head}_{name}" for name in names for head in ("score", "reference")]
     rows = pq.read_table(out, columns=columns)
-    # A figure of its own, not pyplot's: nothing global changes and no display is looked for.
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 3.6)
     scores, binding, kl = figure.subplots(1, 3)
     _draw_scores(scores, rows, names)
     _draw_binding(binding, summary)
     _draw_kl(kl, out, summary)
-    for axes in (scores, binding, kl):
-        axes.spines[["top", "right"]].set_visible(False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=200)
-    except OSError as problem:
-        raise UserError(f"--plot {path}: cannot be written: {problem.strerror}") from problem
+    save_figure(figure, path)
 
 
 def _draw_scores(axes: Any, rows: pa.Table, names: list[str]) -> None:
@@ -75,8 +49,7 @@ def _draw_scores(axes: Any, rows: pa.Table, names: list[str]) -> None:
     # A few far values must not squeeze the rest into two bins, nor make thousands.
     bins = np.linspace(bins[0], bins[-1], min(max(len(bins), 20), 80))
     for k, (name, values) in enumerate(centred.items()):
-        line = {"color": COLOURS[k % len(COLOURS)], "linestyle": LINES[k % len(LINES)]}
-        axes.hist(values, bins=bins, histtype="step", linewidth=1.6, label=name, **line)
+        axes.hist(values, bins=bins, histtype="step", linewidth=1.6, label=name, **line_style(k))
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(xlabel="score minus reference reward", ylabel="rows", title="Scores against the reference")
     axes.legend(frameon=False)
@@ -90,12 +63,7 @@ def _draw_binding(axes: Any, summary: ScoreSummary) -> None:
     for k, one in enumerate(summary.properties):
         offset = (k - (len(summary.properties) - 1) / 2) * height
         values = [getattr(one, name) for name in shown]
-        look = {
-            "facecolor": COLOURS[k % len(COLOURS)],
-            "hatch": HATCHES[k % len(HATCHES)],
-            "edgecolor": "white",
-        }
-        bars = axes.barh(places + offset, values, height=0.92 * height, label=one.name, **look)
+        bars = axes.barh(places + offset, values, height=0.92 * height, label=one.name, **bar_style(k))
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     axes.set_yticks(places, labels)
     axes.invert_yaxis()

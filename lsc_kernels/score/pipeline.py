@@ -60,7 +60,8 @@ def score(config: ScoreConfig, *, progress: bool = True) -> ScoreSummary:
     require("transformers", "pyarrow", "rich")
     if config.plot is not None:
         require("matplotlib")
-    from .figure import check_figure_name, draw
+    from ..plotting import check_figure_name
+    from .figure import draw
     from .models import evaluating
     from .store import PartStore, check_output
     from .summary import summarize

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
+from ..files import flush, write_whole
 
 METADATA_KEY = b"lsc_kernels.score"
 STATE = "run.json"
@@ -71,7 +72,7 @@ class PartStore:
             _check_identity(json.loads(state.read_text("utf-8")), identity, str(self.folder))
             return False
         self.folder.mkdir(exist_ok=True)
-        _write_whole(state, json.dumps(identity, indent=1).encode())
+        write_whole(state, json.dumps(identity, indent=1).encode())
         return False
 
     def _inventory(self) -> tuple[set[int], int]:
@@ -111,15 +112,15 @@ class PartStore:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         try:
-            _write_whole(path, sink.getvalue())
+            write_whole(path, sink.getvalue())
         except OSError as problem:
             raise UserError(f"--out {self.out}: cannot be written: {problem.strerror}") from problem
 
     def finish(self, unfinished: Path) -> None:
         """Move the assembled output into place and drop the parts."""
-        _flush(unfinished)
+        flush(unfinished)
         os.replace(unfinished, self.out)
-        _flush(self.out.parent)
+        flush(self.out.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
@@ -174,25 +175,3 @@ def _check_identity(before: dict[str, Any], now: dict[str, Any], where: str) -> 
         f"--resume: {where} was begun with something else: {'; '.join(told)}; "
         "give what was given then, or --overwrite"
     )
-
-
-def _write_whole(path: Path, content: Any) -> None:
-    """Write a file so that it is there with all its content or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
-    if path.is_dir() and os.name == "nt":
-        return  # folders cannot be opened there
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
