@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
+
+import lsc_kernels as lk
+from lsc_kernels import triton
 
 KINDS = ("k1", "abs", "k2", "k3", "full", "full_reverse")
 SAMPLED_KINDS = KINDS[:4]
@@ -13,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VOCABULARIES = (1, 2, 7, 1000, 32001, 151936)
 
 Pair = tuple[Tensor, Tensor]
+T = TypeVar("T")
 
 
 def _near(size: float, std: float = 3.0) -> Callable[[Tensor, Tensor], Pair]:
@@ -148,6 +153,21 @@ def sampled_actions(generator: Generator, policy: Tensor) -> Tensor:
     return actions.reshape(rows)
 
 
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, which takes some 20 ms for a row."""
+    return lk.get_backend() == "triton" and triton.interpreted()
+
+
+def few(rows: int) -> int:
+    """So many rows, but 2 at most for the interpreter."""
+    return min(rows, 2) if interpreted() else rows
+
+
+def some(generator: Generator, cases: Sequence[T]) -> Sequence[T]:
+    """All cases, but for the interpreter one of them, another in each test and run."""
+    return [cases[int(torch.randint(len(cases), (), generator=generator))]] if interpreted() else cases
+
+
 def rows_for(vocabulary: int) -> int:
     """As many rows as keep a case quick."""
-    return max(2, min(48, 100_000 // vocabulary))
+    return max(2, few(min(48, 100_000 // vocabulary)))

@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import secrets
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
+import _emulated
 import pytest
 import torch
+from _on_gpu import use_gpu
 
 import lsc_kernels as lk
-from lsc_kernels import native
+from lsc_kernels import native, triton
 
 SEED = int(os.environ.get("LSC_TEST_SEED") or secrets.randbits(31))
 
 
+def quicken_interpreter() -> None:
+    """Triton's interpreter patches its whole language again at each call from one kernel function to another; once for
+    each module does, and takes half the time."""
+    from triton.runtime import interpreter
+
+    patched: set[str] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if triton.interpreted():
+        quicken_interpreter()
     torch.set_num_threads(2)
     # torch.compile's cache outlives the session and does not notice that the fake of an op has changed.
     cache = tempfile.TemporaryDirectory(prefix="lsc-inductor-", ignore_cleanup_errors=True)
@@ -25,17 +47,73 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
 
 
+SLOW_WAYS = ("cuda-emulated", "triton")
+ONE_IN = 4
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-case", action="store_true", help="all cases of the slow ways too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Kernels that are emulated or interpreted take one in four of a test's cases, another quarter in each run."""
+    if config.getoption("--every-case"):
+        return
+    cases: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        way = getattr(item, "callspec", None) and item.callspec.params.get("backend")  # type: ignore[attr-defined]
+        if way in SLOW_WAYS and not (way == "triton" and torch.cuda.is_available()):
+            cases.setdefault((item.nodeid.partition("[")[0], way), []).append(item)
+    left_out = set()
+    for several in cases.values():
+        draw = random.Random(f"{SEED} {several[0].nodeid}")
+        left_out.update(draw.sample(several, len(several) - -(-len(several) // ONE_IN)))
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"inputs: LSC_TEST_SEED={SEED}"
 
 
-@pytest.fixture(params=["native", "eager"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The test runs once per backend, with that backend chosen."""
-    if request.param == "native" and native.UNAVAILABLE:
-        pytest.skip(native.UNAVAILABLE)
+def _cuda_emulated(request: pytest.FixtureRequest) -> Iterator[str]:
+    if missing := native.unavailable("cpu"):
+        pytest.skip(missing)
+    op = request.path.stem.removeprefix("test_")
+    if f"{op}_forward" not in _emulated.ops():
+        pytest.skip(f"{op} has no CUDA kernel yet")
     before = lk.get_backend()
-    lk.set_backend(request.param)
+    with _emulated.serving():
+        lk.set_backend("native")
+        yield "cuda-emulated"
+        lk.set_backend(before)
+
+
+ON_THIS_MACHINE = ["native", "cuda-emulated", "triton", "eager"]
+ON_A_GPU = ["native-cuda", "triton-cuda", "eager-cuda"] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=ON_THIS_MACHINE + ON_A_GPU)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The test runs once per backend, with that backend chosen.
+
+    "cuda-emulated" runs the CUDA kernels' source here. On a machine with a GPU every test also runs there: its tensors
+    are moved, unless its mark says that it is about the CPU.
+    """
+    if request.param == "cuda-emulated":
+        yield from _cuda_emulated(request)
+        return
+    name, _, on_gpu = request.param.partition("-")
+    device = on_gpu or "cpu"
+    if on_gpu and request.node.get_closest_marker("cpu"):
+        pytest.skip("about what only the CPU does")
+    if reason := {"native": native, "triton": triton}[name].unavailable(device) if name != "eager" else None:
+        pytest.skip(reason)
+    before = lk.get_backend()
+    lk.set_backend(name)
+    if on_gpu:
+        use_gpu(monkeypatch)
     yield request.param
     lk.set_backend(before)
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 import lsc_kernels as lk
-from lsc_kernels import eager, native
+from lsc_kernels import eager, native, triton
 
 backends = importlib.import_module("lsc_kernels.backends")  # the package has a function of that name
 
@@ -39,7 +41,7 @@ def test_backends_lists_every_device_and_a_reason_for_what_is_missing() -> None:
             assert state == "available" or len(state) > 10, f"{device} {name}: {state!r} explains nothing"
     assert table["cpu"]["eager"] == "available"
     assert (table["cpu"]["native"] == "available") == (native.UNAVAILABLE is None)
-    assert table["cpu"]["triton"] != "available"
+    assert (table["cpu"]["triton"] == "available") == (triton.unavailable("cpu") is None)
     if not torch.cuda.is_available():
         assert "available" not in table["cuda"].values()
 
@@ -58,16 +60,19 @@ def test_unknown_backend(name: object) -> None:
     assert lk.get_backend() == before
 
 
-def test_asking_for_a_backend_that_is_not_there_is_an_error() -> None:
+def test_asking_for_a_backend_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     before = lk.get_backend()
-    if all(row["triton"] != "available" for row in lk.backends().values()):
-        with pytest.raises(RuntimeError, match="triton.*not available"):
-            lk.set_backend("triton")
+    monkeypatch.setattr(triton, "unavailable", lambda device_type: f"not for {device_type}")
+    with pytest.raises(RuntimeError, match="triton.*not available.*not for cpu"):
+        lk.set_backend("triton")
     assert lk.get_backend() == before
 
 
 def test_every_op_stands_in_both_backends() -> None:
     assert set(native.OPS) <= set(eager.OPS)
+    if importlib.util.find_spec("triton"):
+        assert set(triton.ops()) <= set(eager.OPS)
+        assert all(callable(module.forward) for module in triton.ops().values())
     for module in (*eager.OPS.values(), *native.OPS.values()):
         assert callable(module.forward)
     if native.UNAVAILABLE is None:
@@ -89,8 +94,9 @@ def test_auto_takes_the_native_kernels_without_a_word(monkeypatch: pytest.Monkey
 
 def test_fp64_is_computed_in_fp64_by_eager_whatever_was_chosen() -> None:
     x = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
-    for name in ("auto", "eager", "native"):
-        if name == "native" and native.UNAVAILABLE:
+    missing = {"native": native.UNAVAILABLE, "triton": triton.unavailable("cpu")}
+    for name in ("auto", "eager", "native", "triton"):
+        if missing.get(name):
             continue
         lk.set_backend(name)
         with warnings.catch_warnings():
@@ -135,7 +141,52 @@ def test_environment_variable_chooses() -> None:
 
 @pytest.mark.parametrize("name", ["nonsense", "triton"])
 def test_environment_variable_with_a_backend_that_is_not_there(name: str) -> None:
+    if torch.cuda.is_available() and name == "triton":
+        pytest.skip("it is there")
     call = "lk.token_logprobs(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))"
     program = f"import torch, lsc_kernels as lk; {call}"
-    result = python(program, LSC_KERNELS_BACKEND=name)
+    result = python(program, LSC_KERNELS_BACKEND=name, TRITON_INTERPRET="0")
     assert result.returncode != 0 and name in result.stderr, result.stderr
+
+
+def test_auto_never_takes_the_interpreter() -> None:
+    if triton.unavailable("cpu"):
+        pytest.skip(str(triton.unavailable("cpu")))
+    lk.set_backend("auto")
+    assert backends.select("token_kl", logits()[0]) not in triton.ops().values()
+    lk.set_backend("triton")
+    assert backends.select("token_kl", logits()[0]) is triton.ops()["token_kl"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "supported"),
+    [((7, 5), False), ((8, 0), True), ((9, 0), True), ((10, 0), True), ((12, 0), True)],
+)
+def test_gpus_older_than_sm_80_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], supported: bool
+) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    card = SimpleNamespace(name="NVIDIA Something", major=capability[0], minor=capability[1])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    reason = triton.unavailable("cuda")
+    assert reason is None if supported else "sm_75" in str(reason) and "NVIDIA Something" in str(reason)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "supported"), [("gfx906:sramecc+", False), ("gfx90a", True), ("gfx942:xnack-", True)]
+)
+def test_amd_gpus(monkeypatch: pytest.MonkeyPatch, architecture: str, supported: bool) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    card = SimpleNamespace(name="AMD Something", gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert (triton.unavailable("cuda") is None) == supported

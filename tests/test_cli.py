@@ -52,7 +52,9 @@ def test_info_json() -> None:
     assert facts["backends"] == lk.backends()
     assert facts["extension"]["available"] is (native.UNAVAILABLE is None)
     assert facts["cpu"]["threads"] >= 1
-    assert facts["cuda"]["architectures"] == []
+    built = native._C.cuda_architectures() if native.UNAVAILABLE is None else []
+    assert facts["cuda"]["architectures"] == built
+    assert bool(built) is not bool(native._C.cuda_skipped() if native.UNAVAILABLE is None else True)
 
 
 def test_info_tells_why_there_is_no_extension_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

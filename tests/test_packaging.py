@@ -215,7 +215,7 @@ def test_installs_without_the_extension_and_says_why(
     [
         ({"LSC_KERNELS_BUILD": "cpu", "CXX": "/nowhere/c++"}, "no working C++ compiler"),
         ({"LSC_KERNELS_BUILD": "cpu", "LSC_KERNELS_TORCH_INCLUDE": "/nowhere"}, "LSC_KERNELS_TORCH_INCLUDE"),
-        ({"LSC_KERNELS_BUILD": "cuda"}, "no CUDA kernels"),
+        ({"LSC_KERNELS_BUILD": "cuda", "CUDACXX": "/nowhere/nvcc"}, "no working nvcc"),
         ({"LSC_KERNELS_BUILD": "gpu"}, "LSC_KERNELS_BUILD=gpu: unknown"),
     ],
 )

@@ -8,7 +8,7 @@ import _tolerances as tolerances
 import _truth as truth
 import pytest
 import torch
-from _cases import DTYPES, KINDS, SAMPLED_KINDS, logit_pair, sampled_actions
+from _cases import DTYPES, KINDS, SAMPLED_KINDS, few, logit_pair, sampled_actions
 from _check import _kl_bound, check_values
 from _modes import compile_once, needs_native, peak_memory
 from torch import Generator, Tensor
@@ -53,7 +53,7 @@ def inputs(
 
 
 HEAD = ("bias", "attention_mask", "index", "cu_seqlens")
-AGGREGATION = ("names", "weights", "scale", "floor", "missing")
+AGGREGATION = ("formula", "names", "weights", "scale", "floor", "missing")
 TOKEN = ("kl", "grad", "temperature", "log_ratio_clamp", "kl_clamp", "old_logprobs")
 PLACEMENT = ("placement", "dense", "utility_clip")
 
@@ -110,8 +110,9 @@ def check(arguments: Arguments) -> lk.ShapedRewards:
     )  # type: ignore[arg-type]
     of_scores = score_bound(exact, true.scores)
     tolerances.check("scores", got.scores, true.scores, of_scores + tolerances.rounding(true.scores, dtype))
-    # the utility's slope in a score is at most weight / scale
-    slope = exact.get("weights", torch.ones(())).abs() / torch.as_tensor(exact.get("scale", 1.0))
+    # the utility's slope in a score is at most weight / scale; beside a complement also 1 / scale
+    slope = exact.get("weights", torch.ones(())).abs()
+    slope = slope.clamp_min(float("formula" in arguments)) / torch.as_tensor(exact.get("scale", 1.0))
     of_utility = 1e-5 * true.utility.abs() + (slope * of_scores).sum(-1)
     tolerances.check("utility", got.utility, true.utility, of_utility.nan_to_num(nan=0.0))
     of_kl = torch.where(tokens.kept, _kl_bound(tokens, options), 0.0)
@@ -187,7 +188,7 @@ def add(arguments: Arguments, generator: Generator, *names: str) -> Arguments:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chain(backend: str, generator: Generator, dtype: torch.dtype, kl: str) -> None:
     for vocabulary in (1, 7, 2500):
-        arguments = inputs(generator, vocabulary=vocabulary, dtype=dtype) | {"kl": kl}
+        arguments = inputs(generator, length=few(9), vocabulary=vocabulary, dtype=dtype) | {"kl": kl}
         check(arguments)
         check_gradients(arguments, generator)
 
@@ -196,7 +197,8 @@ def test_chain(backend: str, generator: Generator, dtype: torch.dtype, kl: str) 
 def test_regimes(backend: str, generator: Generator, regime: str) -> None:
     for dtype in DTYPES[:2]:
         for kl in ("k3", "full"):
-            check(inputs(generator, regime=regime, vocabulary=2500, dtype=dtype) | {"kl": kl})
+            arguments = inputs(generator, length=few(9), regime=regime, vocabulary=2500, dtype=dtype)
+            check(arguments | {"kl": kl})
 
 
 @pytest.mark.parametrize("placement", ["last", "eos_plus_one", "before_last", "index"])
@@ -220,7 +222,7 @@ def test_placement(backend: str, generator: Generator, placement: str) -> None:
     ],
 )
 def test_options(backend: str, generator: Generator, names: tuple[str, ...]) -> None:
-    arguments = add(inputs(generator), generator, *names)
+    arguments = add(inputs(generator, length=few(9)), generator, *names)
     check(arguments)
     if "old_logprobs" not in names:
         check_gradients(arguments, generator)
@@ -234,7 +236,22 @@ def test_clamps_and_straight_through(backend: str, generator: Generator) -> None
         {"utility_clip": (-1.0, -0.1)},
     ]
     for extra in options:
-        check(inputs(generator) | extra)
+        check(inputs(generator, length=few(9)) | extra)
+
+
+def test_formulas(backend: str, generator: Generator) -> None:
+    names = ["helpful", "harmless", "verbose"]
+    for formula in ("helpful & ~verbose", "at_least(2, helpful, harmless ** 0.5, ~verbose)"):
+        arguments = add(inputs(generator, length=few(9)), generator, "weights", "scale", "floor")
+        arguments |= {"formula": formula, "names": names}
+        check(arguments)
+        check_gradients(arguments, generator)
+    arguments = inputs(generator)
+    plain = lk.shaped_rewards(**arguments)
+    conjunction = lk.shaped_rewards(**arguments, formula=lk.prop(0) & lk.prop(1) & lk.prop(2))
+    assert torch.equal(plain.rewards, conjunction.rewards)
+    with pytest.raises(ValueError, match="formula reads column 3, but scores has K = 3"):
+        lk.shaped_rewards(**inputs(generator), formula="3")
 
 
 def test_missing_scores(backend: str, generator: Generator) -> None:

@@ -9,7 +9,18 @@ import _truth as truth
 import mpmath
 import pytest
 import torch
-from _cases import DTYPES, KINDS, REGIMES, SAMPLED_KINDS, VOCABULARIES, logit_pair, rows_for, sampled_actions
+from _cases import (
+    DTYPES,
+    KINDS,
+    REGIMES,
+    SAMPLED_KINDS,
+    VOCABULARIES,
+    few,
+    logit_pair,
+    rows_for,
+    sampled_actions,
+    some,
+)
 from _check import check_token_kl, check_token_kl_gradients, check_values
 from _modes import compile_once, needs_native, peak_memory
 from hypothesis import HealthCheck, given, settings
@@ -74,7 +85,7 @@ class TestValues:
         for dtype in DTYPES[:2]:
             for vocabulary in (7, 4999):
                 policy, ref, actions = inputs(
-                    generator, regime, 24 if vocabulary == 7 else 8, vocabulary, dtype
+                    generator, regime, few(24 if vocabulary == 7 else 8), vocabulary, dtype
                 )
                 check_token_kl(policy, ref, actions, kl=kl, name=f"{regime} V={vocabulary} {dtype} {kl}")
 
@@ -83,9 +94,9 @@ class TestValues:
     def test_vocabularies(
         self, backend: str, generator: Generator, vocabulary: int, dtype: torch.dtype
     ) -> None:
-        for regime in ("independent", "near_1e-2", "near_1e-5", "confident_near"):
+        for regime in some(generator, ("independent", "near_1e-2", "near_1e-5", "confident_near")):
             policy, ref, actions = inputs(generator, regime, rows_for(vocabulary), vocabulary, dtype)
-            for kl in ("k3", "full", "full_reverse"):
+            for kl in some(generator, ("k3", "full", "full_reverse")):
                 check_token_kl(policy, ref, actions, kl=kl, name=f"{regime} V={vocabulary} {dtype} {kl}")
 
     @pytest.mark.parametrize(
@@ -95,7 +106,7 @@ class TestValues:
     def test_mixed_dtypes(
         self, backend: str, generator: Generator, dtypes: tuple[torch.dtype, torch.dtype]
     ) -> None:
-        policy, ref, actions = inputs(generator, "near_1e-1", 12, 3001)
+        policy, ref, actions = inputs(generator, "near_1e-1", few(12), 3001)
         policy, ref = policy.to(dtypes[0]), ref.to(dtypes[1])
         for kl in KINDS:
             check_token_kl_gradients(
@@ -111,12 +122,14 @@ class TestValues:
         self, backend: str, generator: Generator, regime: str, temperature: float | str
     ) -> None:
         for dtype in DTYPES[:2]:
-            policy, ref, actions = inputs(generator, regime, 9, 2500, dtype)
+            policy, ref, actions = inputs(generator, regime, few(9), 2500, dtype)
             tau: float | Tensor
             tau = (
-                torch.rand(9, generator=generator) * 2 + 0.1 if isinstance(temperature, str) else temperature
+                torch.rand(few(9), generator=generator) * 2 + 0.1
+                if isinstance(temperature, str)
+                else temperature
             )
-            for kl in KINDS:
+            for kl in some(generator, KINDS):
                 check_token_kl(policy, ref, actions, kl=kl, temperature=tau, name=f"{regime} {dtype} {kl}")
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,9 +187,9 @@ class TestGradients:
     def test_each_output_and_all(
         self, backend: str, generator: Generator, dtype: torch.dtype, grad: str, kl: str
     ) -> None:
-        for regime in ("independent", "near_1e-2", "confident", "equal"):
+        for regime in some(generator, ("independent", "near_1e-2", "confident", "equal")):
             for vocabulary in (1, 2, 7, 2500):
-                policy, ref, actions = inputs(generator, regime, 6, vocabulary, dtype)
+                policy, ref, actions = inputs(generator, regime, few(6), vocabulary, dtype)
                 check_token_kl_gradients(
                     policy, ref, actions, generator, kl=kl, grad=grad, name=f"{regime} V={vocabulary} {kl}"
                 )
@@ -184,8 +197,8 @@ class TestGradients:
     @pytest.mark.parametrize("regime", REGIMES)
     def test_regimes(self, backend: str, generator: Generator, regime: str) -> None:
         for dtype in DTYPES[:2]:
-            policy, ref, actions = inputs(generator, regime, 6, 4999, dtype)
-            for kl in KINDS:
+            policy, ref, actions = inputs(generator, regime, few(6), 4999, dtype)
+            for kl in some(generator, KINDS):
                 check_token_kl_gradients(
                     policy,
                     ref,
@@ -207,9 +220,11 @@ class TestGradients:
     @pytest.mark.parametrize("temperature", [0.7, "per row"])
     def test_temperature(self, backend: str, generator: Generator, temperature: float | str) -> None:
         for regime in ("near_1e-3", "confident", "shift_ref_777"):
-            policy, ref, actions = inputs(generator, regime, 7, 2500)
+            policy, ref, actions = inputs(generator, regime, few(7), 2500)
             tau = (
-                torch.rand(7, generator=generator) * 2 + 0.1 if isinstance(temperature, str) else temperature
+                torch.rand(few(7), generator=generator) * 2 + 0.1
+                if isinstance(temperature, str)
+                else temperature
             )
             for kl in KINDS:
                 check_token_kl_gradients(
@@ -289,7 +304,7 @@ class TestOptions:
     ) -> None:
         if kl.startswith("full") and clamps != "kl":
             pytest.skip("a full divergence has no log ratio to clamp")
-        for regime in ("near_1", "near_1e-2", "independent"):
+        for regime in some(generator, ("near_1", "near_1e-2", "independent")):
             policy, ref, actions = inputs(generator, regime, 24, 501)
             t = truth.token_kl(policy.double(), ref.double(), actions, kl=kl)
             options: dict[str, object] = {"kl": kl, "grad": grad}

@@ -430,5 +430,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize("call, error, message", BAD)
 def test_bad_input(backend: str, call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    if "cuda" in backend and error is IndexError:
+        # no host waits for a GPU: the row is NaN
+        assert call().isnan().any()
+        return
     with pytest.raises(error, match=message):
         call()

@@ -1,0 +1,186 @@
+"""Compile what the Triton wrappers launch, for a GPU that is not there. Run as a program, without the interpreter.
+
+    python tests/_aot.py sm_90 bfloat16
+
+prints a line of JSON for each kernel: its name, spilled bytes and registers where the target's tools tell them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lsc_kernels.eager.kl_from_logprobs import KLOptions
+from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide
+from lsc_kernels.eager.token_rewards import RewardOptions
+from lsc_kernels.formula import compile_formula
+from lsc_kernels.triton import aggregate_formula, ops
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
+    torch.int64: "i64", torch.int32: "i32", torch.bool: "i1",
+}  # fmt: skip
+
+
+class Specialized:
+    """The arguments of a launch as Triton's compiler sees them: what it compiles once for."""
+
+    def __init__(self, kernel: Any, values: dict[str, Any]) -> None:
+        self.signature: dict[str, str] = {}
+        self.constants: dict[str, Any] = {}
+        self.attributes: dict[tuple[int], list[list[Any]]] = {}
+        for position, parameter in enumerate(kernel.params):
+            self._add(position, parameter, values[parameter.name])
+
+    def _add(self, position: int, parameter: Any, value: Any) -> None:
+        name, divisible = parameter.name, False
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (not parameter.do_not_specialize and type(value) is int and value == 1)
+        ):
+            self.signature[name], self.constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            self.signature[name] = f"*{TYPES[value.dtype]}"
+            divisible = not parameter.do_not_specialize_on_alignment
+        elif isinstance(value, int):
+            self.signature[name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
+            divisible = not parameter.do_not_specialize and value % 16 == 0
+        else:
+            self.signature[name] = parameter.annotation_type
+        if divisible:
+            self.attributes[(position,)] = [["tt.divisibility", 16]]
+
+
+class Compiler:
+    """Stands in for ``launch``."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.seen: set[str] = set()
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **meta: Any
+    ) -> None:
+        options = {"enable_fp_fusion": False, "num_warps": meta.pop("num_warps", 4)}
+        values = {**dict(zip(kernel.arg_names, arguments, strict=False)), **meta}
+        found = Specialized(kernel, values)
+        key = repr(
+            (kernel.fn.__name__, found.signature, sorted(found.constants.items(), key=repr), found.attributes)
+        )
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        source = ASTSource(kernel, found.signature, found.constants, found.attributes)
+        compiled = triton.compile(source, target=TARGETS[self.target], options=options)
+        facts: dict[str, Any] = {"kernel": f"{kernel.fn.__module__.rsplit('.')[-1]}.{kernel.fn.__name__}"}
+        if "cubin" in compiled.asm:
+            facts |= resources(compiled.asm["cubin"])
+            facts["contracted"] = contracted(compiled.asm["ptx"])
+        print(json.dumps(facts), flush=True)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report.stdout + report.stderr)
+    assert found, report.stderr
+    return {"registers": int(found[1]), "spilled": int(found[2]) + int(found[4])}
+
+
+def contracted(ptx: str) -> int:
+    """Products and sums that may be fused: PTX without a rounding mode leaves that to the assembler."""
+    return len(re.findall(r"^\s*(?:@\S+ )?(?:add|sub|mul)\.(?:ftz\.)?f(?:32|64)\s", ptx, re.MULTILINE))
+
+
+def launch_everything(dtype: torch.dtype, kinds: tuple[str, ...]) -> None:
+    """Call every wrapper, on tensors of a realistic vocabulary and a few rows; the values do not matter."""
+    modules = ops()
+    batch, length, vocabulary, width, properties = 2, 3, 151936, 4096, 3
+    logits = torch.empty((1, vocabulary), dtype=dtype).expand(batch * length, vocabulary)
+    actions, mask = (
+        torch.zeros(batch * length, dtype=torch.int64),
+        torch.ones(batch * length, dtype=torch.bool),
+    )
+    grad, rows = torch.ones(batch * length), torch.ones(batch, length)
+    for kind in kinds:
+        options = KLOptions(kind)
+        kl = modules["token_kl"]
+        kl.SPLIT_BELOW = 1  # type: ignore[attr-defined]
+        state = kl.forward(logits, logits, actions, mask, None, 1.0, options)[4]
+        kl.SPLIT_BELOW = 512  # type: ignore[attr-defined]
+        kl.forward(logits, logits, actions, mask, None, 1.0, options)
+        for wants in ((True, False), (True, True)):
+            kl.backward(
+                grad, grad, None, None, logits, logits, actions, mask, None, 1.0, options, state, *wants
+            )
+    own = modules["token_logprobs"]
+    own.backward(grad, grad, logits, actions, mask, 1.0, own.forward(logits, actions, mask, 1.0)[2])
+
+    scores, weights = torch.zeros(batch, properties, dtype=dtype), torch.ones(properties)
+    hidden = torch.empty((1, 1, width), dtype=dtype).expand(batch, length, width)
+    weight, bias = torch.empty(properties, width, dtype=dtype), torch.zeros(properties, dtype=dtype)
+    mask = mask.view(batch, length)
+    modules["lsc_transform"].forward(scores, weights, 1.0, 0.1)
+    modules["lsc_transform"].backward(scores, scores, weights, weights, 0.1, True, True)
+    everything = (scores, weights, weights, 0.0, weights, False, None)
+    modules["aggregate_rewards"].forward(*everything)
+    modules["aggregate_rewards"].backward(scores[:, 0].float(), *everything, True, True, True)
+    formula = (*everything[:-1], compile_formula("at_least(2, 0, ~1, 2)", None).program)
+    modules["aggregate_rewards"].forward(*formula)
+    modules["aggregate_rewards"].backward(scores[:, 0].float(), *formula, True, True, True)
+    for reduction in ("none", "mean"):
+        pairs = (scores, scores, weights.expand(scores.shape), 0.1, reduction)
+        modules["bradley_terry_loss"].forward(*pairs)
+        modules["bradley_terry_loss"].backward(scores.float(), *pairs, True)
+    head = (None, mask, None, None, False)
+    modules["reward_head"].forward(hidden, weight, bias, *head[1:])
+    modules["reward_head"].backward(scores.float(), hidden, weight, *head[1:], True, True, True)
+    placing = RewardOptions(0.1, "last")
+    modules["token_rewards"].forward(scores[:, 0], rows, mask, None, rows, placing)
+    modules["token_rewards"].backward(rows, scores[:, 0], rows, mask, None, rows, placing, True, True, True)
+    sampled = KLOptions("k3")
+    modules["kl_from_logprobs"].forward(rows.to(dtype), rows, mask, None, sampled)
+    modules["kl_from_logprobs"].backward(rows, rows.to(dtype), rows, mask, None, sampled)
+
+    reward = RewardSide(hidden, weight, bias, mask, None, None, None, weights, 1.0, 0.0, None, False, None)
+    three = logits.view(batch, length, vocabulary)
+    for reads in (True, False):
+        modules["token_kl"].SPLIT_BELOW = 1 if reads else 512
+        policy = PolicySide(three, three, actions.view(batch, length), mask, None, 1.0, None, None)
+        modules["shaped_rewards"].forward(reward, policy, sampled, placing)
+    policy = PolicySide(rows.to(dtype), rows, None, mask, None, 1.0, None, None)
+    modules["shaped_rewards"].forward(reward, policy, sampled, placing)
+
+
+def main(target: str, dtype: str, *kinds: str) -> None:
+    compiler = Compiler(target)
+    for module in (*ops().values(), aggregate_formula):
+        module.launch = compiler  # type: ignore[attr-defined]
+    launch_everything(getattr(torch, dtype), kinds)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,95 @@
+"""The CUDA kernels' own promises: launches, rows shared by blocks, barriers. The emulation runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import _emulated
+import pytest
+import torch
+from _cases import logit_pair, sampled_actions
+from torch import Generator, Tensor
+
+import lsc_kernels as lk
+from lsc_kernels import native
+
+pytestmark = pytest.mark.skipif(native.UNAVAILABLE is not None, reason=str(native.UNAVAILABLE))
+
+
+@pytest.fixture(autouse=True)
+def emulated() -> Iterator[None]:
+    before = lk.get_backend()
+    with _emulated.serving():
+        lk.set_backend("native")
+        yield
+        lk.set_backend(before)
+
+
+def forward_and_backward(policy: Tensor, ref: Tensor, actions: Tensor, kl: str) -> tuple[Tensor, ...]:
+    x, y = policy.clone().requires_grad_(), ref.clone().requires_grad_()
+    out = lk.token_kl(x, y, actions, kl=kl)
+    return *out, *torch.autograd.grad([each.sum() for each in out], (x, y))
+
+
+@pytest.mark.parametrize("kl", ["k3", "full", "full_reverse"])
+@pytest.mark.parametrize("regime", ["near_1e-2", "independent", "ramp_up", "outlier_at_largest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_bits_however_many_blocks_share_it(
+    generator: Generator, kl: str, regime: str, dtype: torch.dtype
+) -> None:
+    policy, ref = logit_pair(generator, regime, (2, 140001), dtype)
+    actions = sampled_actions(generator, policy)
+    alone = None
+    for multiprocessors in (0, 1, 40):
+        with _emulated.schedule(multiprocessors=multiprocessors):
+            got = forward_and_backward(policy, ref, actions, kl)
+        alone = alone or got
+        for a, b in zip(alone, got, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kl", ["k3", "full_reverse"])
+def test_no_result_depends_on_the_order_of_threads_and_blocks(generator: Generator, kl: str) -> None:
+    """A barrier that is missing shows as a difference, or as the NaN that shared memory is filled with."""
+    policy, ref = logit_pair(generator, "steps", (3, 70001))
+    actions = sampled_actions(generator, policy)
+    expected = forward_and_backward(policy, ref, actions, kl)
+    for seed in (1, 2, 3):
+        with _emulated.schedule(seed=seed, multiprocessors=2 * seed):
+            got = forward_and_backward(policy, ref, actions, kl)
+        for a, b in zip(expected, got, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_row_is_the_same_bits_wherever_it_lies(generator: Generator) -> None:
+    """Rows of an odd vocabulary begin at every alignment."""
+    policy, ref = logit_pair(generator, "near_1e-1", (1, 4099), torch.bfloat16)
+    actions = sampled_actions(generator, policy)
+    rows = forward_and_backward(policy.repeat(9, 1), ref.repeat(9, 1), actions.repeat(9), "full")
+    for output in rows:
+        assert torch.equal(output, output[:1].expand_as(output))
+
+
+def test_one_launch_forward_and_one_backward(generator: Generator) -> None:
+    policy, ref = logit_pair(generator, "near_1e-1", (5, 1000))
+    actions = sampled_actions(generator, policy)
+    x, y = policy.requires_grad_(), ref.requires_grad_()
+    before = _emulated.launches()
+    out = lk.token_kl(x, y, actions, kl="full")
+    assert _emulated.launches() - before == 1
+    torch.autograd.grad(out.kl.sum() + out.entropy.sum(), (x, y))
+    assert _emulated.launches() - before == 2
+    lk.token_logprobs(policy.detach(), actions)
+    assert _emulated.launches() - before == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_an_action_outside_makes_its_row_nan(generator: Generator, dtype: torch.dtype) -> None:
+    policy, ref = logit_pair(generator, "near_1e-1", (4, 100))
+    actions = torch.tensor([3, 100, -1, -100], dtype=dtype)
+    policy.requires_grad_()
+    out = lk.token_kl(policy, ref, actions)
+    (gradient,) = torch.autograd.grad(out.kl.nan_to_num().sum() + out.logprobs.sum(), policy)
+    for each in (*out, gradient):
+        assert each[0].isfinite().all() and each[1].isnan().all() and each[2].isnan().all()
+        assert (each[3] == 0).all()

@@ -1,0 +1,121 @@
+"""What can only be seen on a GPU: graphs, waiting, and what a launch costs. The ops' values are in their own files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import lsc_kernels as lk
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+B, T, V, H, K = 4, 6, 5003, 64, 3
+
+
+@pytest.fixture(params=["triton", "native"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    if (reason := lk.backends()["cuda"][request.param]) != "available":
+        pytest.skip(reason)
+    before = lk.get_backend()
+    lk.set_backend(request.param)
+    yield request.param
+    lk.set_backend(before)
+
+
+def inputs(seed: int) -> dict[str, Tensor]:
+    g = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, device="cuda")
+
+    policy = 3 * normal(B, T, V)
+    return {
+        "policy": policy,
+        "ref": policy + 0.1 * normal(B, T, V),
+        "actions": torch.randint(V, (B, T), generator=g, device="cuda"),
+        "mask": torch.arange(T, device="cuda") < torch.randint(1, T + 1, (B, 1), generator=g, device="cuda"),
+        "hidden": normal(B, T, H),
+        "weight": normal(K, H),
+        "reference": normal(K),
+    }
+
+
+def step(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Forward and backward of the whole chain, and of the parts that it does not contain."""
+    policy = x["policy"].detach().requires_grad_()
+    shaped = lk.shaped_rewards(
+        *(x["hidden"], x["weight"], x["reference"], policy, x["ref"], x["actions"], x["mask"]),
+        beta=0.1,
+        kl="full",
+    )
+    (gradient,) = torch.autograd.grad(shaped.kl.sum() + shaped.entropy.sum(), policy)
+    utility = lk.lsc_transform(shaped.scores, x["reference"]).sum(-1)
+    return shaped.rewards, shaped.utility, shaped.kl, gradient, utility
+
+
+def test_a_graph_replays_with_new_data(kernels: str) -> None:
+    static = inputs(0)
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        step(static)
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(static)
+    for seed in (1, 2):
+        fresh = inputs(seed)
+        expected = step(fresh)
+        for name, tensor in static.items():
+            tensor.copy_(fresh[name])
+        graph.replay()
+        for got, wanted in zip(captured, expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_nothing_waits_for_the_device(kernels: str) -> None:
+    x = inputs(0)
+    step(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rows", [1, 700], ids=["few rows", "many rows"])
+def test_one_launch_forward(kernels: str, rows: int, launches: Callable[[Callable[[], object]], int]) -> None:
+    x = inputs(0)
+    policy, ref = (x[name].reshape(-1, V)[:1].expand(rows, V).contiguous() for name in ("policy", "ref"))
+    actions = x["actions"].reshape(-1)[:1].expand(rows).contiguous()
+    assert launches(lambda: lk.token_kl(policy, ref, actions)) == 1
+
+
+def test_shaped_rewards_is_one_launch(kernels: str, launches: Callable[[Callable[[], object]], int]) -> None:
+    x = inputs(0)
+    names = ("hidden", "weight", "reference", "policy", "ref", "actions", "mask")
+    assert launches(lambda: lk.shaped_rewards(*(x[name] for name in names), beta=0.1)) == 1
+
+
+@pytest.fixture
+def launches() -> Callable[[Callable[[], object]], int]:
+    """Kernels that a call starts, as the driver counts them."""
+
+    def count(call: Callable[[], object]) -> int:
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+            call()
+            torch.cuda.synchronize()
+        events = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        if not events:
+            pytest.skip("the profiler sees no kernels on this machine")
+        return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
+
+    return count

@@ -1,0 +1,234 @@
+"""What is said of the Triton kernels beyond the values: launches, compilations, chunks, code for GPUs not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _cases import logit_pair, normal
+from torch import Generator, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lsc_kernels as lk
+from lsc_kernels import triton
+
+pytestmark = pytest.mark.skipif(triton.unavailable("cpu") is not None, reason=str(triton.unavailable("cpu")))
+
+NO_LAUNCH = {
+    "aten.empty",
+    "aten.new_empty",
+    "aten.expand",
+    "aten.view",
+    "aten.unsqueeze",
+    "aten.detach",
+    "aten.alias",
+}
+
+
+@pytest.fixture(autouse=True)
+def chosen() -> Iterator[None]:
+    before = lk.get_backend()
+    lk.set_backend("triton")
+    yield
+    lk.set_backend(before)
+
+
+class Launches(TorchDispatchMode):
+    """The kernels that a GPU would be given: ours, and PyTorch's own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, run: bool = True) -> None:
+        super().__init__()
+        self.ours: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.torch: list[str] = []
+        for module in triton.ops().values():
+            if hasattr(module, "launch"):
+                monkeypatch.setattr(module, "launch", self._recorded(module.launch, run))
+        # these look at values, on the CPU only
+        for name, module_name in (("check_actions", "token_kl"), ("_check_ids", "shaped_rewards")):
+            monkeypatch.setattr(triton.ops()[module_name], name, lambda *_: None)
+
+    def _recorded(self, launch: Any, run: bool) -> Any:
+        def record(
+            kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **meta: Any
+        ) -> None:
+            self.ours.append((kernel, arguments, meta))
+            if run:
+                with torch.utils._python_dispatch._disable_current_modes():
+                    launch(kernel, grid, device, *arguments, **meta)
+
+        return record
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).rsplit(".", 1)[0]
+        if name not in NO_LAUNCH and not name.startswith("lsc_kernels_triton"):
+            self.torch.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def chain(generator: Generator, batch: int, length: int, vocabulary: int, **changes: Any) -> dict[str, Any]:
+    policy, ref = logit_pair(generator, "near_1e-1", (batch, length, vocabulary))
+    return {
+        "hidden": normal(generator, batch, length, 16),
+        "weight": normal(generator, 3, 16),
+        "reference_reward": normal(generator, 3),
+        "policy": policy,
+        "ref": ref,
+        "actions": torch.randint(0, vocabulary, (batch, length), generator=generator),
+        "mask": torch.ones(batch, length, dtype=torch.int64),
+        "beta": 0.1,
+        "bias": normal(generator, 3),
+    } | changes
+
+
+@pytest.mark.parametrize("placement", ["last", "eos_plus_one", "before_last"])
+def test_shaped_rewards_is_one_launch(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, placement: str
+) -> None:
+    arguments = chain(generator, 2, 3, 50, attention_mask=torch.ones(2, 3), placement=placement)
+    with Launches(monkeypatch) as launches:
+        out = lk.shaped_rewards(**arguments)
+    assert len(launches.ours) == 1 and launches.torch == []
+    lk.set_backend("eager")
+    assert torch.allclose(out.rewards, lk.shaped_rewards(**arguments).rewards, rtol=1e-5, atol=1e-6)
+
+
+def test_the_policy_side_is_one_launch_each_way(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, ref = (x.requires_grad_() for x in logit_pair(generator, "near_1e-1", (4, 50)))
+    actions, mask, upstream = torch.tensor([1, 2, -100, 3]), torch.ones(4, dtype=torch.bool), torch.ones(4)
+    with Launches(monkeypatch) as launches:
+        kl = lk.token_kl(policy, ref, actions, mask=mask, kl="full").kl
+        assert len(launches.ours) == 1 and launches.torch == []
+        torch.autograd.grad(kl, (policy, ref), upstream)
+    assert len(launches.ours) == 2 and launches.torch == []
+
+
+def test_few_long_rows_take_a_second_launch_and_give_the_same_bits(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, ref = logit_pair(generator, "near_1e-1", (2, 70_001))
+    actions = torch.tensor([5, 70_000])
+    for kl in ("k3", "full_reverse"):
+        split = lk.token_kl(policy, ref, actions, kl=kl)
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.ops()["token_kl"], "SPLIT_BELOW", 0)
+            with Launches(patch) as launches:
+                whole = lk.token_kl(policy, ref, actions, kl=kl)
+        assert len(launches.ours) == 1
+        assert all(torch.equal(a, b) for a, b in zip(split, whole, strict=True))
+    with Launches(monkeypatch) as launches:
+        lk.token_kl(policy, ref, actions)
+    assert len(launches.ours) == 2 and launches.torch == []
+
+
+def test_masked_rows_read_no_logits(generator: Generator) -> None:
+    policy, ref = logit_pair(generator, "near_1e-1", (1, 50))
+    missing = torch.full((1, 50), torch.nan)
+    x, y = torch.cat([policy, missing]), torch.cat([ref, missing])
+    out = lk.token_kl(x, y, torch.tensor([3, -100]), kl="full")
+    assert all(float(each[1]) == 0.0 for each in out)
+
+
+def specialization(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, ...]:
+    """What Triton compiles a kernel once for, from the marks of its decorator."""
+    marks = kernel.kwargs
+    unspecialized, unaligned = marks["do_not_specialize"], marks["do_not_specialize_on_alignment"]
+    found: list[Any] = [f"{kernel.fn.__module__}.{kernel.fn.__name__}", sorted(meta.items())]
+    for name, value in zip(inspect.signature(kernel.fn).parameters, arguments, strict=False):
+        annotation = kernel.fn.__annotations__.get(name, "")
+        if isinstance(value, Tensor):
+            found.append((name, value.dtype, name in unaligned or value.data_ptr() % 16 == 0))
+        elif annotation == "tl.constexpr" or value is None:
+            found.append((name, value))
+        elif isinstance(value, int):
+            kind = annotation or ("i32" if abs(value) < 2**31 else "i64")
+            found.append((name, kind, None if name in unspecialized else (value == 1, value % 16 == 0)))
+        else:
+            found.append((name, annotation))
+    return tuple(map(repr, found))
+
+
+def test_fifty_lengths_compile_once(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that Triton specialises on changes with B or T, 1 and multiples of 16 included."""
+    with Launches(monkeypatch, run=False) as launches:
+        for length in range(1, 51):
+            batch = 1 + length % 4
+            arguments = chain(generator, batch, length, 33, dense=torch.zeros(batch, length))
+            lk.shaped_rewards(**{**arguments, "policy": arguments["policy"].requires_grad_()})
+            policy, ref, actions = (arguments[name].detach() for name in ("policy", "ref", "actions"))
+            lk.token_kl(policy.requires_grad_(), ref, actions).kl.sum().backward()
+            lk.token_logprobs(policy.requires_grad_(), actions).entropy.sum().backward()
+            scores, utility = normal(generator, batch, length, 3), normal(generator, batch)
+            lk.aggregate_rewards(scores, 0.0)
+            lk.lsc_transform(scores, 0.0)
+            lk.reward_head(arguments["hidden"], arguments["weight"], attention_mask=arguments["mask"])
+            logprobs = normal(generator, batch, length)
+            lk.token_rewards(utility, logprobs, arguments["mask"], beta=0.1)
+            lk.kl_from_logprobs(logprobs, logprobs)
+            if length == 1:
+                first = {specialization(*launch) for launch in launches.ours}
+                assert len(first) == len(launches.ours) == 10, "each of these launches is a kernel of its own"
+    again = {specialization(*launch) for launch in launches.ours} - first
+    assert not again, f"compiled again: {sorted(again)[0]}"
+
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+KINDS = {"float32": ("full",), "bfloat16": ("k3",), "float16": ("full_reverse",)}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Future[str]]]:
+    """Every kernel for every target and dtype, in processes of their own: this one interprets."""
+    cache = tmp_path_factory.mktemp("triton-cache")
+
+    def run(target: str, dtype: str) -> str:
+        program = [sys.executable, str(Path(__file__).parent / "_aot.py"), target, dtype, *KINDS[dtype]]
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(cache),
+            "OMP_NUM_THREADS": "1",
+        }
+        environment["PYTHONPATH"] = str(Path(lk.__file__).parent.parent)
+        done = subprocess.run(program, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {(target, dtype): pool.submit(run, target, dtype) for target in TARGETS for dtype in KINDS}
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_ahead_of_time(
+    compiled: dict[tuple[str, str], Future[str]], target: str, dtype: str
+) -> None:
+    facts = [json.loads(line) for line in compiled[target, dtype].result().splitlines()]
+    assert {fact["kernel"].split(".")[0] for fact in facts} >= {
+        "aggregate_rewards", "kl_from_logprobs", "lsc_transform", "reward_head", "shaped_rewards", "token_rewards",
+        "token_rows",
+    }  # fmt: skip
+    if target.startswith("sm_"):
+        # the assembler puts a few words aside in the rare branches, to fit three programs on a multiprocessor
+        spilled = [fact for fact in facts if fact["spilled"] > 64]
+        assert not spilled, f"local memory is used: {spilled}"
+        contracted = [fact for fact in facts if fact["contracted"]]
+        assert not contracted, f"the assembler may contract: {contracted}"
+
+
+def test_importing_the_library_does_not_import_triton() -> None:
+    program = "import sys, lsc_kernels; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert importlib.util.find_spec("triton")
