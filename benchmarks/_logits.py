@@ -7,6 +7,8 @@ import torch
 from _measure import Outputs
 from torch import Generator, Tensor
 
+import lsc_kernels as lk
+
 DTYPES = [torch.float32, torch.bfloat16]
 # how the reference differs: as after some training, or not at all alike
 REFERENCES = {"near": 0.1, "independent": None}
@@ -16,8 +18,8 @@ def logits(
     generator: Generator, rows: int, vocabulary: int, dtype: torch.dtype, reference: str = "near"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Policy and reference logits [N, V] of standard deviation 3, and actions [N] drawn from the policy."""
-    policy = 3 * torch.randn(rows, vocabulary, generator=generator)
-    noise = torch.randn(rows, vocabulary, generator=generator)
+    policy = 3 * torch.randn(rows, vocabulary, generator=generator, device=generator.device)
+    noise = torch.randn(rows, vocabulary, generator=generator, device=generator.device)
     distance = REFERENCES[reference]
     ref = 3 * noise if distance is None else policy + distance * noise
     actions = torch.multinomial(torch.softmax(policy, -1), 1, generator=generator).squeeze(-1)
@@ -57,11 +59,23 @@ def textbook_full(policy: Tensor, ref: Tensor, actions: Tensor) -> Outputs:
     }
 
 
+TEXTBOOK = {"k3": textbook_k3, "full": textbook_full}
+OUTPUTS = {
+    "k3": ("kl", "logprobs", "ref_logprobs"),
+    "full": ("kl", "logprobs", "ref_logprobs", "entropy"),
+}
+
+
+def token_kl(policy: Tensor, ref: Tensor, actions: Tensor, kl: str) -> Outputs:
+    """This library's, the outputs that the textbook also has."""
+    outputs = lk.token_kl(policy, ref, actions, kl=kl)._asdict()
+    return {name: outputs[name] for name in OUTPUTS[kl]}
+
+
 def true_token_kl(policy: Tensor, ref: Tensor, actions: Tensor, kl: str) -> Outputs:
     """In fp64, a few rows at a time: the intermediate tensors are large."""
     parts = [
         _truth.token_kl(x.double(), y.double(), a, kl=kl)
         for x, y, a in zip(policy.split(16), ref.split(16), actions.split(16), strict=True)
     ]
-    names = ("kl", "logprobs", "ref_logprobs", "entropy")
-    return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return {name: torch.cat([getattr(part, name) for part in parts]) for name in OUTPUTS[kl]}

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gc
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,3 +144,18 @@ def extra_memory(step: Callable[[], object]) -> float:
         held += event.nbytes()
         peak = max(peak, held)
     return peak / 1e6
+
+
+def commit() -> str:
+    """The commit of this checkout, and whether its code differs from it."""
+
+    def git(*arguments: str) -> str:
+        where = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True).stdout.strip()
+
+    changed = (
+        " with changes"
+        if git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../lsc_kernels")
+        else ""
+    )
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + changed

@@ -110,6 +110,71 @@ def test_aggregate_rewards(compare: Any, size: Any, generator: Generator, backwa
 
 
 @BACKWARD
+def test_aggregate_rewards_formula(compare: Any, size: Any, generator: Generator, backward: bool) -> None:
+    """One conjunction, one threshold, one complement; one row per sequence of a large batch."""
+    rows = size.sequences * size.length // 16
+    scores = 6 * torch.randn(rows, PROPERTIES, generator=generator)
+    formula = lk.prop(0) & lk.at_least(1, 1, 2) & ~lk.prop(3)
+
+    def ours(scores: Tensor) -> Outputs:
+        return {"utility": lk.aggregate_rewards(scores, 0.0, formula=formula)}
+
+    def textbook(scores: Tensor) -> Outputs:
+        """The probability itself: its logarithm is wrong where it is near 0 or 1."""
+        p = torch.sigmoid(scores)
+        either = 1 - (1 - p[:, 1]) * (1 - p[:, 2])
+        return {"utility": torch.log(p[:, 0] * either * (1 - p[:, 3]))}
+
+    def truth(scores: Tensor) -> Outputs:
+        good, bad = (torch.nn.functional.logsigmoid(sign * scores.double()) for sign in (1, -1))
+        neither = bad[:, 1] + bad[:, 2]
+        either = torch.where(neither > -0.7, torch.log(-torch.expm1(neither)), torch.log1p(-neither.exp()))
+        return {"utility": good[:, 0] + either + bad[:, 3]}
+
+    compare(
+        "aggregate_rewards",
+        ours=ours,
+        textbook=textbook,
+        truth=truth,
+        inputs=(scores,),
+        reads=(scores,),
+        shape={"B": rows, "K": PROPERTIES},
+        dtype=torch.float32,
+        case="a & (b | c) & ~d",
+        leaf=0 if backward else None,
+    )
+
+
+@BACKWARD
+def test_bradley_terry_loss(compare: Any, size: Any, generator: Generator, backward: bool) -> None:
+    """As many pairs as the other ops read numbers."""
+    chosen, rejected = 3 * torch.randn(2, size.sequences * size.length, generator=generator)
+
+    def ours(chosen: Tensor, rejected: Tensor) -> Outputs:
+        return {"loss": lk.bradley_terry_loss(chosen, rejected, center=0.01)}
+
+    def textbook(chosen: Tensor, rejected: Tensor) -> Outputs:
+        """As reward trainers write it."""
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected)
+        return {"loss": (loss + 0.01 * (chosen + rejected) ** 2).mean()}
+
+    def truth(chosen: Tensor, rejected: Tensor) -> Outputs:
+        return textbook(chosen.double(), rejected.double())
+
+    compare(
+        "bradley_terry_loss",
+        ours=ours,
+        textbook=textbook,
+        truth=truth,
+        inputs=(chosen, rejected),
+        reads=(chosen, rejected),
+        shape={"pairs": chosen.numel()},
+        dtype=torch.float32,
+        leaf=0 if backward else None,
+    )
+
+
+@BACKWARD
 def test_token_rewards(compare: Any, size: Any, generator: Generator, backward: bool) -> None:
     shape = (size.sequences, size.length)
     utility = -torch.rand(size.sequences, generator=generator)

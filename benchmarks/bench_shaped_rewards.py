@@ -8,7 +8,7 @@ import _logits
 import _truth
 import pytest
 import torch
-from _measure import Outputs
+from _measure import Function, Outputs
 from torch import Generator, Tensor
 
 import lsc_kernels as lk
@@ -23,17 +23,19 @@ def score(hidden: Tensor, weight: Tensor) -> Tensor:
 def place(utility: Tensor, kl: Tensor, mask: Tensor) -> Tensor:
     """The penalty everywhere, the utility at the last token: what TRL and its relatives do."""
     rewards = torch.where(mask, -BETA * kl, 0.0)
-    rows = torch.arange(rewards.shape[0])
+    rows = torch.arange(rewards.shape[0], device=rewards.device)
     return rewards.index_put((rows, mask.sum(-1) - 1), utility, accumulate=True)
 
 
 def reward_side(
     generator: Generator, batch: int, length: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden = torch.randn(batch, CONTEXT, HIDDEN, generator=generator).to(dtype)
-    weight = (torch.randn(PROPERTIES, HIDDEN, generator=generator) / HIDDEN**0.5).to(dtype)
-    reference = torch.randn(PROPERTIES, generator=generator)
-    mask = torch.arange(length) < torch.randint(1, length + 1, (batch, 1), generator=generator)
+    drawn = {"generator": generator, "device": generator.device}
+    hidden = torch.randn(batch, CONTEXT, HIDDEN, **drawn).to(dtype)
+    weight = (torch.randn(PROPERTIES, HIDDEN, **drawn) / HIDDEN**0.5).to(dtype)
+    reference = torch.randn(PROPERTIES, **drawn)
+    lengths = torch.randint(1, length + 1, (batch, 1), **drawn)
+    mask = torch.arange(length, device=generator.device) < lengths
     mask[0] = True
     return hidden, weight, reference, mask
 
@@ -103,24 +105,8 @@ def test_from_logits(
     )
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
-def test_from_logprobs(compare: Any, size: Any, generator: Generator, backward: bool) -> None:
-    batch, length = size.sequences, size.length // 4
-    hidden, weight, reference, mask = reward_side(generator, batch, length, torch.float32)
-    scores = score(hidden, weight)
-    logprobs = -5 * torch.rand(batch, length, generator=generator)
-    ref_logprobs = logprobs + 0.1 * torch.randn(batch, length, generator=generator)
-
-    def ours(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> Outputs:
-        out = lk.shaped_rewards(
-            *(None, None, reference, None, None, None, mask),
-            beta=BETA,
-            kl="k3",
-            scores=scores,
-            policy_logprobs=logprobs,
-            ref_logprobs=ref_logprobs,
-        )
-        return {"rewards": out.rewards, "utility": out.utility, "kl": out.kl}
+def from_logprobs(reference: Tensor, mask: Tensor) -> tuple[Function, Function, Function]:
+    """The chain from scores and two log-probabilities: the textbook's, in fp64, and this library's."""
 
     def textbook(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> Outputs:
         d = logprobs - ref_logprobs
@@ -133,13 +119,34 @@ def test_from_logprobs(compare: Any, size: Any, generator: Generator, backward: 
         utility = utility_of(scores.double(), reference.double())
         return {"rewards": place(utility, kl, mask), "utility": utility, "kl": kl}
 
+    def ours(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> Outputs:
+        out = lk.shaped_rewards(
+            *(None, None, reference, None, None, None, mask),
+            beta=BETA,
+            kl="k3",
+            scores=scores,
+            policy_logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+        )
+        return {"rewards": out.rewards, "utility": out.utility, "kl": out.kl}
+
+    return textbook, truth, ours
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
+def test_from_logprobs(compare: Any, size: Any, generator: Generator, backward: bool) -> None:
+    batch, length = size.sequences, size.length // 4
+    hidden, weight, reference, mask = reward_side(generator, batch, length, torch.float32)
+    logprobs = -5 * torch.rand(batch, length, generator=generator)
+    ref_logprobs = logprobs + 0.1 * torch.randn(batch, length, generator=generator)
+    textbook, truth, ours = from_logprobs(reference, mask)
     compare(
         "shaped_rewards",
         case="from log-probabilities, k3",
         ours=ours,
         textbook=textbook,
         truth=truth,
-        inputs=(scores, logprobs, ref_logprobs),
+        inputs=(score(hidden, weight), logprobs, ref_logprobs),
         reads=(logprobs, ref_logprobs),
         shape={"B": batch, "T": length},
         dtype=torch.float32,

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import _logits
 import pytest
 import torch
-from _measure import Outputs
-from torch import Generator, Tensor
+from torch import Generator
 
 import lsc_kernels as lk
-
-TEXTBOOK = {"k3": _logits.textbook_k3, "full": _logits.textbook_full}
 
 
 @pytest.mark.parametrize("reference", _logits.REFERENCES)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
 @pytest.mark.parametrize("dtype", _logits.DTYPES, ids=str)
-@pytest.mark.parametrize("kl", TEXTBOOK)
+@pytest.mark.parametrize("kl", _logits.TEXTBOOK)
 def test_token_kl(
     compare: Any, size: Any, generator: Generator, kl: str, dtype: torch.dtype, backward: bool, reference: str
 ) -> None:
     policy, ref, actions = _logits.logits(generator, size.rows, size.vocabulary, dtype, reference)
-    names = ("kl", "logprobs", "ref_logprobs") + ("entropy",) * (kl == "full")
-
-    def ours(policy: Tensor, ref: Tensor, actions: Tensor) -> Outputs:
-        return {
-            name: output
-            for name, output in lk.token_kl(policy, ref, actions, kl=kl)._asdict().items()
-            if name in names
-        }
-
-    def truth(policy: Tensor, ref: Tensor, actions: Tensor) -> Outputs:
-        outputs = _logits.true_token_kl(policy, ref, actions, kl)
-        return {name: outputs[name] for name in names}
-
     compare(
         "token_kl",
         case=f"{kl}, {reference} reference",
-        ours=ours,
-        textbook=TEXTBOOK[kl],
-        truth=truth,
+        ours=partial(_logits.token_kl, kl=kl),
+        textbook=_logits.TEXTBOOK[kl],
+        truth=partial(_logits.true_token_kl, kl=kl),
         inputs=(policy, ref, actions),
         reads=(policy, ref),
         shape={"N": size.rows, "V": size.vocabulary},

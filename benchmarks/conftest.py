@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from _measure import (
     Outputs,
     Record,
     Way,
+    commit,
     errors,
     extra_memory,
     forward,
@@ -188,19 +188,6 @@ def processor() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
     )
-
-
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        where = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True).stdout.strip()
-
-    changed = (
-        " with changes"
-        if git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../lsc_kernels")
-        else ""
-    )
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
 def instruction_set() -> str:

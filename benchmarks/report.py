@@ -122,6 +122,73 @@ def section(name: str, results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+GPU_WAYS = {
+    EAGER: "eager",
+    COMPILED: "torch.compile",
+    "triton": "Triton",
+    NATIVE: "CUDA C++",
+    "trl": "TRL",
+    "liger": "Liger",
+}
+
+GPU_EXPLANATION = """\
+Times are medians in milliseconds, from CUDA events; all ways of one row ran in turn in one process, the second cache
+flushed before each run. *share* is the bytes that the work must move (each logit read once, each wanted gradient
+written once) over that time, as a share of the copy bandwidth of the same run. Errors as above, against fp64 on the
+first rows.
+"""
+
+
+def gpu_row(comparison: Comparison, ways: Sequence[str]) -> list[str]:
+    timed = comparison["ways"]
+    ours = [timed[way] for way in ("triton", NATIVE) if way in timed]
+    best = min(ours, key=lambda way: float(way["median_ms"]), default=None)
+    if best is None:
+        return [
+            what(comparison),
+            *(number(timed[way]["median_ms"]) if way in timed else "" for way in ways),
+            *[""] * 4,
+        ]
+    error = (
+        next(iter(best["error"].values())) if comparison["step"] == "forward" else best["error"]["gradient"]
+    )
+    return [
+        what(comparison),
+        *(number(timed[way]["median_ms"]) if way in timed else "" for way in ways),
+        f"{best['share_of_copy']:.0%}",
+        str(best["launches"] or ""),
+        number(best["extra_mb"]),
+        f"{error:.0e}",
+    ]
+
+
+def gpu_section(name: str, results: dict[str, Any]) -> str:
+    """The tables of one GPU; share, launches, memory and error are those of this library's faster way."""
+    found = {way for comparison in results["comparisons"] for way in comparison["ways"]}
+    ways = [way for way in GPU_WAYS if way in found]
+    header = ("", *(f"{GPU_WAYS[way]} ms" for way in ways), "share", "launches", "MB", "error")
+    parts = [
+        f"## {name}\n\n{results['gpu']} (sm_{results['capability'].replace('.', '')}), copy bandwidth "
+        f"{results['copy_gb_per_s']:.0f} GB/s; {results['machine']}; Python {results['python']}, torch "
+        f"{results['torch']}, Triton {results['triton']}, lsc_kernels {results['lsc_kernels']} at {results['commit']}; "
+        f"{results['date']}\n\n{GPU_EXPLANATION}"
+    ]
+    by_shape: dict[str, list[Comparison]] = {}
+    for comparison in results["comparisons"]:
+        by_shape.setdefault(f"{comparison['op']}: {shape_of(comparison)}", []).append(comparison)
+    for title, comparisons in by_shape.items():
+        parts.append(f"### {title}\n\n{table(header, (gpu_row(each, ways) for each in comparisons))}")
+    return "\n".join(parts)
+
+
+NO_GPU = """\
+## GPU
+
+No GPU was at hand since the GPU kernels were written: this table is empty rather than guessed.
+`benchmarks/gpu.sh` fills it.
+"""
+
+
 def headline(results: dict[str, Any]) -> str:
     """The short table: full KL and k3 on the near reference."""
     chosen = [c for c in results["comparisons"] if c["op"] == "token_kl" and "near" in c["case"]]
@@ -205,16 +272,19 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], object] = 
         return 2
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
-    first = next(iter(results.values()))
+    on_gpu = {name: each for name, each in results.items() if "gpu" in each}
+    on_cpu = {name: each for name, each in results.items() if name not in on_gpu}
+    first = next(iter(on_cpu.values()), {"comparisons": []})
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
     has_token_kl = bool(headline(first))
     if has_token_kl:
         figure(first, docs / "benchmarks.png")
     picture = "![token_kl](benchmarks.png)\n\n" if has_token_kl else ""
-    sections = "\n".join(section(name, result) for name, result in results.items())
+    sections = [section(name, result) for name, result in on_cpu.items()]
+    sections += [gpu_section(name, result) for name, result in on_gpu.items()] or [NO_GPU]
     (docs / "benchmarks.md").write_text(
-        f"# Benchmarks\n\n{EXPLANATION}\n{picture}{sections}", encoding="utf-8"
+        f"# Benchmarks\n\n{EXPLANATION}\n{picture}{chr(10).join(sections)}", encoding="utf-8"
     )
     say("wrote docs/benchmarks.md" + (", docs/benchmarks.png" if has_token_kl else ""))
 

@@ -1,0 +1,428 @@
+"""token_logprobs, token_kl and shaped_rewards on a GPU, beside eager, torch.compile and the peers that are installed.
+
+    python -m benchmarks.gpu [--seconds 240] [--name NAME]
+
+writes gpu-NAME.json into benchmarks/results/ and prints a short table. Every way of a row is checked against fp64 on
+its first rows, then timed with CUDA events, all ways in turn, a buffer larger than the second cache written before each
+run. The bytes that the work must move, over that time, are given as a share of the copy bandwidth measured in the same
+run. Rows come in order of weight; those that the seconds do not reach are listed as left out.
+
+``--quick`` runs a few small rows once on whatever device there is, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT)]
+
+import _logits  # noqa: E402
+import _truth  # noqa: E402
+import bench_shaped_rewards as shaped  # noqa: E402
+from _measure import COMPILED, EAGER, NATIVE, Function, Outputs, commit, errors, forward, forward_backward  # noqa: E402
+
+import lsc_kernels as lk  # noqa: E402
+
+TRITON, TRL, LIGER = "triton", "trl", "liger"
+OURS = (TRITON, NATIVE)
+VOCABULARIES, ROWS = (128256, 151936, 32000), (8192, 1024, 64)
+FLUSHED_BYTES = 256 << 20
+CHECKED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of the table: what is computed, on what, and the bytes that it must move."""
+
+    op: str
+    case: str
+    dtype: torch.dtype
+    shape: dict[str, int]
+    inputs: Callable[[], list[Any]]
+    checked: Callable[[list[Any]], list[Any]]  # the part of the inputs that is also computed in fp64
+    ways: dict[str, Function]
+    truth: Function
+    moved_bytes: int
+    leaf: int | None = None  # the input to differentiate; None: forward only
+
+    @property
+    def step(self) -> str:
+        return "forward" if self.leaf is None else "forward + backward"
+
+
+@dataclass
+class Timing:
+    """One way of a problem."""
+
+    median_ms: float
+    min_ms: float
+    share_of_copy: float
+    error: dict[str, float]
+    extra_mb: float | None
+    launches: int | None
+
+
+@dataclass
+class Row:
+    """One problem's timings, as they are written to the results file."""
+
+    op: str
+    case: str
+    step: str
+    dtype: str
+    shape: dict[str, int]
+    moved_gb: float
+    ways: dict[str, Timing] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+class Clock:
+    """Milliseconds of a step on one device, its caches flushed before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.flushed = torch.empty(FLUSHED_BYTES // 4 if self.cuda else 1, dtype=torch.int32, device=device)
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def in_turn(self, steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _, (name, step) in itertools.product(range(rounds), steps.items()):
+            self.flushed.zero_()
+            times[name].append(self.once(step))
+        return times
+
+    def once(self, step: Callable[[], object]) -> float:
+        if not self.cuda:
+            started = time.perf_counter()
+            step()
+            return 1e3 * (time.perf_counter() - started)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def copy_bandwidth(clock: Clock, device: torch.device) -> float:
+    """Bytes read and written per second by a copy of 4 GB (64 MB on a CPU)."""
+    source = torch.empty((4 << 30) if clock.cuda else (64 << 20), dtype=torch.uint8, device=device).fill_(7)
+    target = torch.empty_like(source)
+    times = clock.in_turn({"copy": lambda: target.copy_(source)}, 10)["copy"][2:]
+    return 2 * source.numel() / (1e-3 * statistics.median(times))
+
+
+def extra_memory(step: Callable[[], object]) -> float | None:
+    """Peak MB beyond the inputs; None where torch keeps no peak."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def launches(step: Callable[[], object]) -> int | None:
+    """Kernels that one run starts; None where the profiler sees none, as on machines that forbid it."""
+    if not torch.cuda.is_available():
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    kernels = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len([event for event in kernels if not event.name.startswith(("Memcpy", "Memset"))]) or None
+
+
+def through(backend: str, function: Function) -> Function:
+    """``function`` with a backend of this library chosen."""
+
+    def run(*inputs: Any) -> Outputs:
+        lk.set_backend(backend)
+        return function(*inputs)
+
+    return run
+
+
+def ours(device: torch.device, function: Function) -> dict[str, Function]:
+    """This library's own kernels on the device."""
+    served = lk.backends()[device.type]
+    return {name: through(name, function) for name in OURS if served[name] == "available"}
+
+
+@functools.cache
+def compiled(function: Function) -> Function:
+    """Compiled once for all shapes, as a trainer whose lengths change needs it."""
+    return torch.compile(function, dynamic=True)
+
+
+def peers() -> tuple[dict[str, Function], dict[str, str]]:
+    """Log-probability kernels of other packages, and why the others are left out."""
+    found: dict[str, Function] = {}
+    missing: dict[str, str] = {}
+    try:
+        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+        def trl(logits: Tensor, actions: Tensor) -> Outputs:
+            logprobs, entropy = selective_log_softmax_and_entropy(logits[None], actions[None])
+            return {"logprobs": logprobs[0], "entropy": entropy[0]}
+
+        found[TRL] = trl
+    except Exception as problem:  # a package made for other versions can fail in any way while it is imported
+        missing[TRL] = f"{type(problem).__name__}: {problem}"
+    try:
+        from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+        def liger(logits: Tensor, actions: Tensor) -> Outputs:
+            # one row less: it takes the logits of a sequence's last position for those of the token after it
+            return {"logprobs": fused_selective_log_softmax(logits[None], actions[None, :-1], 1.0)[0]}
+
+        found[LIGER] = liger
+    except Exception as problem:
+        missing[LIGER] = f"{type(problem).__name__}: {problem}"
+    return found, missing
+
+
+def first_rows(inputs: list[Any]) -> list[Any]:
+    return [tensor[:CHECKED_ROWS] for tensor in inputs]
+
+
+def token_problems(device: torch.device, rows: int, vocabulary: int, dtype: torch.dtype) -> Iterator[Problem]:
+    """All token ops on logits [N, V], forward and forward + backward."""
+    shape = {"N": rows, "V": vocabulary}
+    logits_bytes = rows * vocabulary * dtype.itemsize
+
+    @functools.cache
+    def logits() -> tuple[Tensor, Tensor, Tensor]:
+        return _logits.logits(Generator(device).manual_seed(20), rows, vocabulary, dtype)
+
+    def entropy_too(policy: Tensor, actions: Tensor) -> Outputs:
+        return lk.token_logprobs(policy, actions)._asdict()
+
+    def true_logprobs(policy: Tensor, actions: Tensor) -> Outputs:
+        return _truth.token_logprobs(policy.double(), actions)._asdict()
+
+    found, _ = peers()
+    for leaf in (None, 0):
+        ways = {EAGER: _logits.textbook_logprobs, COMPILED: compiled(_logits.textbook_logprobs)}
+        ways |= {name: way for name, way in found.items() if leaf is None or name == TRL}
+        yield Problem(
+            *("token_logprobs", "with entropy", dtype, shape),
+            inputs=lambda: [logits()[0], logits()[2]],
+            checked=first_rows,
+            ways={**ways, **ours(device, entropy_too)},
+            truth=true_logprobs,
+            moved_bytes=logits_bytes * (1 if leaf is None else 3),
+            leaf=leaf,
+        )
+    for kl, leaf in itertools.product(("full", "k3"), (None, 0)):
+        backward_bytes = {"full": 3, "k3": 2}[kl]
+        yield Problem(
+            *("token_kl", kl, dtype, shape),
+            inputs=lambda: list(logits()),
+            checked=first_rows,
+            ways={
+                EAGER: _logits.TEXTBOOK[kl],
+                COMPILED: compiled(_logits.TEXTBOOK[kl]),
+                **ours(device, functools.partial(_logits.token_kl, kl=kl)),
+            },
+            truth=functools.partial(_logits.true_token_kl, kl=kl),
+            moved_bytes=logits_bytes * (2 if leaf is None else 2 + backward_bytes),
+            leaf=leaf,
+        )
+    batch = 8
+    for leaf in (None, 3):
+
+        def inputs() -> list[Any]:
+            policy, ref, actions = logits()
+            side = shaped.reward_side(Generator(device).manual_seed(21), batch, rows // batch, dtype)
+            in_sequences = [
+                tensor.view(batch, rows // batch, *tensor.shape[1:]) for tensor in (policy, ref, actions)
+            ]
+            return [*side[:3], *in_sequences, torch.ones_like(side[3])]
+
+        yield Problem(
+            *("shaped_rewards", "from logits, k3", dtype, {"B": batch, "T": rows // batch, "V": vocabulary}),
+            inputs=inputs,
+            checked=lambda given: [given[0][:1], *given[1:3], *(tensor[:1] for tensor in given[3:])],
+            ways={
+                EAGER: shaped.textbook,
+                COMPILED: compiled(shaped.textbook),
+                **ours(device, shaped.ours),
+            },
+            truth=shaped.truth,
+            moved_bytes=logits_bytes * (2 if leaf is None else 4),
+            leaf=leaf,
+        )
+
+
+def logprob_problems(device: torch.device, batch: int, length: int) -> Iterator[Problem]:
+    """shaped_rewards from log-probabilities that are already there, [B, T] in fp32."""
+    generator = Generator(device).manual_seed(22)
+    logprobs = -5 * torch.rand(batch, length, generator=generator, device=device)
+    ref_logprobs = logprobs + 0.1 * torch.randn(batch, length, generator=generator, device=device)
+    hidden, weight, reference, mask = shaped.reward_side(generator, batch, length, torch.float32)
+    textbook, truth, function = shaped.from_logprobs(reference, mask)
+    for leaf in (None, 1):
+        yield Problem(
+            *("shaped_rewards", "from log-probabilities, k3", torch.float32, {"B": batch, "T": length}),
+            inputs=lambda: [shaped.score(hidden, weight), logprobs, ref_logprobs],
+            checked=list,
+            ways={EAGER: textbook, COMPILED: compiled(textbook), **ours(device, function)},
+            truth=truth,
+            # two log-probabilities and the mask in, KL and rewards out; then their gradients in and two out
+            moved_bytes=batch * length * ((4 * 4 + 1) + (0 if leaf is None else 6 * 4 + 1)),
+            leaf=leaf,
+        )
+
+
+def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
+    """Every row of the table, those that matter most first."""
+    if quick:
+        yield from token_problems(device, 16, 1001, torch.bfloat16)
+        yield from logprob_problems(device, 4, 33)
+        return
+    yield from logprob_problems(device, 1024, 2048)
+    for vocabulary, rows, dtype in itertools.product(VOCABULARIES, ROWS, _logits.DTYPES):
+        yield from token_problems(device, rows, vocabulary, dtype)
+
+
+def measure(problem: Problem, clock: Clock, bandwidth: float, deadline: float) -> Row:
+    """Check and time every way; a way that fails, or that comes too late, is left out with the reason."""
+    row = Row(
+        *(problem.op, problem.case, problem.step, str(problem.dtype)[6:], problem.shape),
+        moved_gb=problem.moved_bytes / 1e9,
+    )
+    inputs = problem.inputs()
+    make = forward if problem.leaf is None else functools.partial(forward_backward, leaf=problem.leaf)
+    steps: dict[str, Callable[[], Outputs]] = {}
+    found: dict[str, dict[str, float]] = {}
+    true = make(problem.truth, problem.checked(inputs))()
+    for name, way in problem.ways.items():
+        step = make(way, inputs)
+        try:
+            got = step()
+            found[name] = errors(
+                {output: value[: len(true[output])] for output, value in got.items()},
+                {output: value for output, value in true.items() if output in got},
+            )
+        except Exception as problem_of_way:  # out of memory, an unsupported GPU, a compiler that is not there
+            row.left_out[name] = f"{type(problem_of_way).__name__}: {problem_of_way}"[:300]
+            continue
+        del got
+        steps[name] = step
+    one_round = sum(clock.once(step) for step in steps.values())
+    left = max(deadline - time.monotonic(), 0)
+    rounds = int(min(30, max(3, 1e3 * min(left, 1.5) / one_round)))
+    for name, times in clock.in_turn(steps, rounds).items():
+        seconds = 1e-3 * statistics.median(times)
+        row.ways[name] = Timing(
+            *(1e3 * seconds, min(times), problem.moved_bytes / seconds / bandwidth, found[name]),
+            extra_mb=extra_memory(steps[name]),
+            launches=launches(steps[name]),
+        )
+    return row
+
+
+def report(
+    rows: list[Row], device: torch.device, bandwidth: float, missing: dict[str, str]
+) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(device) if cuda else platform.processor(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else None,
+        "machine": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": version_of("triton"),
+        "lsc_kernels": lk.__version__,
+        "backends": lk.backends()[device.type],
+        "peers_missing": missing,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+        "copy_gb_per_s": bandwidth / 1e9,
+        "comparisons": [asdict(row) for row in rows],
+    }
+
+
+def version_of(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def line(row: Row) -> str:
+    shape = " x ".join(map(str, row.shape.values()))
+    ways = "  ".join(
+        f"{name} {timing.median_ms:.3f} ms ({timing.share_of_copy:.0%})" for name, timing in row.ways.items()
+    )
+    return f"{row.op} {row.case} {row.dtype} {row.step} [{shape}]  {ways}" + "".join(
+        f"  {name}: {why}" for name, why in row.left_out.items()
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=240.0, help="time for all rows")
+    parser.add_argument(
+        "--name", help="results go to benchmarks/results/gpu-NAME.json; default: the GPU's name"
+    )
+    parser.add_argument("--out", type=Path, help="write them there instead")
+    parser.add_argument("--quick", action="store_true", help="a few small rows, on a CPU if need be")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not options.quick:
+        print("torch sees no CUDA device; --quick runs a few small rows without one", file=sys.stderr)
+        return 2
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = Clock(device)
+    bandwidth = copy_bandwidth(clock, device)
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s read + written")
+    deadline = time.monotonic() + options.seconds
+    rows: list[Row] = []
+    for problem in problems(device, options.quick):
+        if time.monotonic() > deadline:
+            shape, dtype = dict(problem.shape), str(problem.dtype)[6:]
+            row = Row(problem.op, problem.case, problem.step, dtype, shape, problem.moved_bytes / 1e9)
+            row.left_out = {name: "no time left" for name in problem.ways}
+        else:
+            row = measure(problem, clock, bandwidth, deadline)
+        rows.append(row)
+        print(line(row), flush=True)
+    lk.set_backend("auto")
+    if options.quick:
+        return 0
+    results = report(rows, device, bandwidth, peers()[1])
+    name = options.name or torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
+    path = options.out / f"gpu-{name}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"results: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Every kernel once, forward and backward, on small and awkward shapes: what compute-sanitizer watches.
+
+compute-sanitizer --tool memcheck python -m benchmarks.gpu_small_shapes
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Generator, Tensor
+
+import lsc_kernels as lk
+
+
+def calls(
+    generator: Generator, dtype: torch.dtype, vocabulary: int
+) -> Iterator[Callable[[], tuple[Tensor, ...]]]:
+    """Calls of each op on two sequences of three tokens, one token left out and one misaligned row start."""
+    device = generator.device
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        values = torch.randn(shape[:-1] + (shape[-1] + 1,), generator=generator, device=device)
+        return values.to(dtype)[..., 1:].requires_grad_()
+
+    policy, ref = normal(2, 3, vocabulary, dtype=dtype), normal(2, 3, vocabulary, dtype=dtype)
+    actions = torch.randint(vocabulary, (2, 3), generator=generator, device=device)
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=device)
+    hidden, weight, reference = normal(2, 5, 37, dtype=dtype), normal(3, 37, dtype=dtype), normal(3)
+    logprobs, ref_logprobs, utility = normal(2, 3), normal(2, 3), normal(2)
+
+    yield lambda: lk.token_logprobs(policy, actions, mask=mask)
+    for kl in ("k3", "full", "full_reverse"):
+        yield lambda kl=kl: lk.token_kl(policy, ref, actions, kl=kl, mask=mask)
+    yield lambda: (lk.kl_from_logprobs(logprobs, ref_logprobs, mask=mask),)
+    yield lambda: (lk.lsc_transform(normal(2, 3), reference),)
+    yield lambda: (lk.aggregate_rewards(normal(2, 3), reference, formula="0 & (1 | ~2)"),)
+    yield lambda: (lk.reward_head(hidden, weight),)
+    yield lambda: (lk.token_rewards(utility, logprobs, mask, beta=0.1),)
+    yield lambda: lk.shaped_rewards(hidden, weight, reference, policy, ref, actions, mask, beta=0.1)
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    served = lk.backends()[device.type]
+    names = [name for name in ("triton", "native") if served[name] == "available"]
+    count = 0
+    # the longer vocabulary is split over several blocks
+    for name, dtype, vocabulary in itertools.product(names, (torch.float32, torch.bfloat16), (1003, 70001)):
+        lk.set_backend(name)
+        for call in calls(Generator(device).manual_seed(1), dtype, vocabulary):
+            outputs = call()
+            sum(output.sum() for output in outputs if output.requires_grad).backward()
+            count += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"{count} calls on {device.type} through {', '.join(names) or 'nothing'}")
+    return 0 if names else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
