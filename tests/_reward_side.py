@@ -61,10 +61,11 @@ def check_against_fp64(
     inputs: Sequence[Tensor | None],
     rtol: float,
     full: Sequence[int] | None = None,
+    atol: float = SMALLEST,
 ) -> None:
     """Values and gradients, against the same function in fp64 on the same inputs.
 
-    A gradient may be off by one rounding and by ``rtol`` of its largest element; where the inputs are
+    ``atol`` is for values that are sums and may cancel. A gradient may be off by one rounding and by ``rtol`` of its largest element; where the inputs are
     broadcast to ``full``, and so their gradients are sums that may cancel, of the largest sum of magnitudes.
     """
     value, gradients = with_gradients(function, upstream, inputs)
@@ -72,7 +73,7 @@ def check_against_fp64(
     truth, true_gradients = with_gradients(function, upstream, exact)
     fp64 = any(x is not None and x.dtype is torch.float64 for x in inputs)
     assert value.dtype is (torch.float64 if fp64 else torch.float32)
-    close(value, truth, rtol, SMALLEST)
+    close(value, truth, rtol, atol)
     terms = true_gradients
     if full is not None:
         spread = [None if x is None else x.expand(full) for x in exact]

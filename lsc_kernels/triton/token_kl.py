@@ -50,27 +50,27 @@ def chunks(vocabulary: int) -> int:
 
 
 def rows_of(logits: Tensor) -> Tensor:
-    """[..., V] as [outer, inner, V], without a copy where two leading dimensions or fewer remain."""
+    """[..., V] as [outer, inner, V]: a copy only where more than two leading dimensions have strides of their own."""
     if logits.dim() < 3:
         return logits.view(1, -1, logits.shape[-1]) if logits.dim() == 1 else logits.unsqueeze(0)
-    return logits if logits.dim() == 3 else logits.reshape(-1, *logits.shape[-2:])
+    return logits.flatten(0, -3)
 
 
-def model(logits: Tensor | None) -> tuple[Any, ...]:
+def model(rows: Tensor | None) -> tuple[Any, ...]:
     """A model's logits as the kernels take them: data, strides, and the step between columns, None for 1."""
-    if logits is None:
+    if rows is None:
         return None, 0, 0, None
-    outer, inner, step = rows_of(logits).stride()
-    return logits, outer, inner, None if step == 1 else step
+    outer, inner, step = rows.stride()
+    return rows, outer, inner, None if step == 1 else step
 
 
-def aligned(logits: Tensor | None) -> bool:
+def aligned(rows: Tensor | None) -> bool:
     """Whether every row begins at a multiple of 16 bytes, so that loads can be 16 bytes wide."""
-    if logits is None:
+    if rows is None:
         return False
-    outer, inner, step = rows_of(logits).stride()
-    in_16_bytes = 16 // logits.element_size()
-    return step == 1 and logits.data_ptr() % 16 == 0 and outer % in_16_bytes == 0 == inner % in_16_bytes
+    outer, inner, step = rows.stride()
+    in_16_bytes = 16 // rows.element_size()
+    return step == 1 and rows.data_ptr() % 16 == 0 and outer % in_16_bytes == 0 == inner % in_16_bytes
 
 
 def temperature_of(temperatures: Tensor | None, temperature: float) -> tuple[Tensor | None, int, float]:
@@ -92,7 +92,7 @@ def read_chunks(
 ) -> tuple[Tensor | None, bool]:
     """Room for the states of a row's chunks where there are several, and whether the row's program is to read them.
 
-    Where rows are few, a kernel of its own has read them here.
+    Logits are as :func:`rows_of` gives them. Where rows are few, a kernel of its own has read them here.
     """
     rows, vocabulary = actions.numel(), policy.shape[-1]
     count = chunks(vocabulary)
@@ -103,7 +103,7 @@ def read_chunks(
         return states, True
     launch(
         read_chunks_kernel, (rows, count), policy.device, *model(policy), *model(ref), actions, mask, *temperature,
-        states, rows_of(policy).shape[1], vocabulary, reverse, aligned(policy), aligned(ref),
+        states, policy.shape[1], vocabulary, reverse, aligned(policy), aligned(ref),
         **tiles(vocabulary)._asdict(),
     )  # fmt: skip
     return states, False
@@ -122,6 +122,7 @@ def forward_rows(
     *limits: float,
 ) -> list[Tensor]:
     """kl, logprobs, ref_logprobs, entropy and saved; kl and ref_logprobs are empty without ``ref``."""
+    policy, ref = rows_of(policy), None if ref is None else rows_of(ref)
     vocabulary = policy.shape[-1]
     if actions.is_cpu:
         check_actions(actions, vocabulary, counted(actions, mask))
@@ -133,7 +134,7 @@ def forward_rows(
     launch(
         forward_kernel, (actions.numel(),), policy.device, *model(policy), *model(ref),
         own_actions, own_mask, dense(old_logprobs), *per_temperature, states, *outputs,
-        rows_of(policy).shape[1], vocabulary, *limits, kind, straight_through, reads, aligned(policy), aligned(ref),
+        policy.shape[1], vocabulary, *limits, kind, straight_through, reads, aligned(policy), aligned(ref),
         **tiles(vocabulary)._asdict(),
     )  # fmt: skip
     return outputs
@@ -161,13 +162,12 @@ def backward_rows(
         kind is not None and KINDS[kind].startswith("full") and not straight_through and grads[0] is not None
     )
     reads_ref = want_ref or full
-    if not reads_ref:
-        ref = None
+    policy, ref = rows_of(policy), rows_of(ref) if ref is not None and reads_ref else None
     launch(
         backward_kernel, (actions.numel(), chunks(vocabulary)), policy.device,
         *(each for grad in grads for each in per_row(grad)), *model(policy), *model(ref),
         actions.contiguous(), dense(mask), dense(old_logprobs), *temperature_of(temperatures, temperature),
-        saved, to_policy if want_policy else None, to_ref if want_ref else None, rows_of(policy).shape[1], vocabulary,
+        saved, to_policy if want_policy else None, to_ref if want_ref else None, policy.shape[1], vocabulary,
         *limits, kind, straight_through, reads_ref, aligned(policy), aligned(ref),
         TILE=backward_tile(vocabulary), num_warps=tiles(vocabulary).num_warps,
     )  # fmt: skip
