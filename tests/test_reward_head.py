@@ -305,7 +305,7 @@ class TestSeparateModels:
     def test_gradients(self, backend: str, generator: Generator) -> None:
         hidden, weight, bias = self.inputs(generator)
         upstream = torch.randn(3, 3, generator=generator)
-        sizes = [h.double().abs() @ w.double().abs() for h, w in zip(hidden, weight, strict=True)]
+        sizes = [h.double().abs() @ w.double().abs().flatten() for h, w in zip(hidden, weight, strict=True)]
         check_against_fp64(
             lambda *t: lk.reward_head(list(t[:3]), list(t[3:6]), t[6]),
             upstream,
