@@ -65,8 +65,9 @@ def check_against_fp64(
 ) -> None:
     """Values and gradients, against the same function in fp64 on the same inputs.
 
-    ``atol`` is for values that are sums and may cancel. A gradient may be off by one rounding and by ``rtol`` of its largest element; where the inputs are
-    broadcast to ``full``, and so their gradients are sums that may cancel, of the largest sum of magnitudes.
+    ``atol`` is for values that are sums and may cancel. A gradient may be off by one rounding and by ``rtol`` of its
+    largest element; where the inputs are broadcast to ``full``, and so their gradients are sums that may cancel, of
+    the largest sum of magnitudes.
     """
     value, gradients = with_gradients(function, upstream, inputs)
     exact = [None if tensor is None else tensor.double() for tensor in inputs]
