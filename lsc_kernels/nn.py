@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from lsc_kernels.formula import Formula
 from lsc_kernels.ops.aggregate_rewards import aggregate_rewards
 from lsc_kernels.ops.reward_head import reward_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class RewardHead(nn.Module):
@@ -22,11 +26,12 @@ class RewardHead(nn.Module):
         device, dtype: of the parameters.
 
     Shape:
-        hidden [B, S, H], or packed [N, H] with ``cu_seqlens``, to scores [B, K]; with ``pool="none"`` [..., K].
+        hidden [B, S, H], or packed [N, H] with ``cu_seqlens``, to scores [B, K]; with ``pool="none"`` [..., K]. Of K
+        reward models with bodies of their own: a list of K such tensors, one column each.
 
     Attributes:
         weight [K, H], initialised with standard deviation :math:`1/\sqrt{H + 1}` (N. Stiennon et al.,
-        arXiv:2009.01325); bias [K] at 0, or None.
+        arXiv:2009.01325); bias [K] at 0, or None. Where reward models differ in H, a list of K weights [1, H_k].
 
     Example:
         >>> import torch, lsc_kernels as lk
@@ -34,6 +39,8 @@ class RewardHead(nn.Module):
         >>> head(torch.randn(2, 5, 16), attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])).shape
         torch.Size([2, 3])
     """
+
+    weight: nn.Parameter | nn.ParameterList
 
     def __init__(
         self,
@@ -54,22 +61,81 @@ class RewardHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_properties, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
+    @classmethod
+    def from_sequence_classifiers(cls, models: PreTrainedModel | Sequence[PreTrainedModel]) -> RewardHead:
+        """The head of Hugging Face reward models (``AutoModelForSequenceClassification``): a copy of their weights.
+
+        Such a model scores every position and then takes the last one whose id is not the padding token's. Where that
+        token also ends a text, it takes the one before. This head reads the last position that ``attention_mask``
+        counts, on whichever side the padding is, and computes no other score.
+
+        Args:
+            models: one model, with a label for each of the K properties; or K models with one label each, whose hidden
+                states then come as a list.
+
+        Returns:
+            A head in the models' dtype, on the device of the first one's.
+
+        Raises:
+            ValueError: no model; one whose head is not the linear layer ``score`` on a last token's hidden state, as
+                decoders have it (encoders read the first token, through layers of their own); one of several that has
+                more than one label, or no bias where others have one.
+
+        Example:
+            >>> import torch, lsc_kernels as lk
+            >>> from transformers import LlamaConfig, LlamaForSequenceClassification
+            >>> size = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+            >>> model = LlamaForSequenceClassification(LlamaConfig(**size, num_attention_heads=2, num_labels=3))
+            >>> head = lk.nn.RewardHead.from_sequence_classifiers(model)
+            >>> ids, mask = torch.randint(50, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+            >>> hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+            >>> head(hidden, attention_mask=mask).shape
+            torch.Size([2, 3])
+        """
+        several = list(models) if isinstance(models, Sequence) else [models]
+        if not several:
+            raise ValueError("models must have at least one reward model; got none")
+        layers = [_linear_head(model, f"models[{k}]", len(several) > 1) for k, model in enumerate(several)]
+        weights = [layer.weight.detach() for layer in layers]
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        if biases and len(biases) != len(layers):
+            raise ValueError(
+                f"all models must have a bias, or none; got {len(biases)} of {len(layers)} with one"
+            )
+        one_size = len({weight.shape[1] for weight in weights}) == 1
+        head = cls(weights[0].shape[1], sum(len(weight) for weight in weights), device="meta")
+        to = weights[0].device
+        together = [weight.to(to, copy=True) for weight in weights]
+        if one_size:
+            head.weight = nn.Parameter(torch.cat(together))
+        else:
+            del head.weight  # a list of parameters is no parameter
+            head.weight = nn.ParameterList([nn.Parameter(weight) for weight in together])
+        head.bias = nn.Parameter(torch.cat([bias.to(to, copy=True) for bias in biases])) if biases else None
+        return head
+
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=(self.weight.shape[1] + 1) ** -0.5)
+        for weight in _each(self.weight):
+            nn.init.normal_(weight, std=(weight.shape[1] + 1) ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(
         self,
-        hidden: Tensor,
+        hidden: Tensor | Sequence[Tensor],
         *,
-        attention_mask: Tensor | None = None,
-        index: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | Sequence[Tensor | None] | None = None,
+        index: Tensor | Sequence[Tensor | None] | None = None,
+        cu_seqlens: Tensor | Sequence[Tensor | None] | None = None,
         pool: str = "last",
     ) -> Tensor:
+        weight: Tensor | list[Tensor]
+        if isinstance(self.weight, nn.ParameterList):
+            weight = list(self.weight)
+        else:
+            weight = self.weight if isinstance(hidden, Tensor) else list(self.weight.unbind(0))
         return reward_head(
-            *(hidden, self.weight, self.bias),
+            *(hidden, weight, self.bias),
             attention_mask=attention_mask,
             index=index,
             cu_seqlens=cu_seqlens,
@@ -77,8 +143,32 @@ class RewardHead(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        properties, hidden_size = self.weight.shape
+        weights = _each(self.weight)
+        sizes = [weight.shape[1] for weight in weights]
+        properties = sum(len(weight) for weight in weights)
+        hidden_size = sizes[0] if len(sizes) == 1 else sizes
         return f"hidden_size={hidden_size}, num_properties={properties}, bias={self.bias is not None}"
+
+
+def _each(weight: nn.Parameter | nn.ParameterList) -> list[Tensor]:
+    return list(weight) if isinstance(weight, nn.ParameterList) else [weight]
+
+
+def _linear_head(model: PreTrainedModel, name: str, several: bool) -> nn.Linear:
+    """The layer ``score`` of a reward model."""
+    layer = getattr(model, "score", None)
+    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
+        found = "none" if layer is None else type(layer).__name__
+        raise ValueError(
+            f"{name} must have its head in a linear layer `score`, as decoders for sequence classification do; "
+            f"{type(model).__name__} has {found}. Take the scores of its own forward pass"
+        )
+    if several and layer.weight.shape[0] != 1:
+        raise ValueError(
+            f"{name} must have one label, being one of several models; {type(model).__name__} has "
+            f"{layer.weight.shape[0]}"
+        )
+    return layer
 
 
 class RewardAggregator(nn.Module):

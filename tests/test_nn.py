@@ -76,6 +76,108 @@ def test_reward_aggregator_is_the_op_with_its_options(backend: str, generator: G
     assert not list(module.parameters())
 
 
+def classifier(labels: int = 1, hidden_size: int = 16, architecture: str = "Llama") -> Any:
+    """A tiny random reward model of Hugging Face's; its padding token also ends a text."""
+    transformers = pytest.importorskip("transformers", reason="Hugging Face's models need transformers")
+    config = getattr(transformers, f"{architecture}Config")(
+        **{"vocab_size": 50, "hidden_size": hidden_size, "intermediate_size": 24, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "num_labels": labels, "pad_token_id": EOS},
+    )
+    model = getattr(transformers, f"{architecture}ForSequenceClassification")(config).eval()
+    torch.nn.init.normal_(model.score.weight)
+    return model
+
+
+EOS = 3
+
+
+@pytest.fixture
+def texts(generator: Generator) -> list[torch.Tensor]:
+    """Token ids of texts of several lengths, each closed by the token that also pads."""
+    bodies = [torch.randint(4, 50, (length,), generator=generator) for length in (7, 1, 12, 4)]
+    return [torch.cat([body, torch.tensor([EOS])]) for body in bodies]
+
+
+def padded(texts: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.full((len(texts), 17), EOS)
+    mask = torch.zeros(len(texts), 17, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        at = slice(0, len(text)) if side == "right" else slice(17 - len(text), 17)
+        ids[row, at], mask[row, at] = text, 1
+    return ids, mask
+
+
+def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        hidden: torch.Tensor = model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions
+        ).last_hidden_state
+    return hidden
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("labels, architecture", [(1, "Llama"), (3, "Qwen2"), (2, "Mistral")])
+def test_the_head_of_a_sequence_classifier(
+    texts: list[torch.Tensor], side: str, labels: int, architecture: str
+) -> None:
+    """The score at each text's own last token, with padding that looks like it: the model's own forward pass takes the
+    token before."""
+    model = classifier(labels, architecture=architecture)
+    head = lk.nn.RewardHead.from_sequence_classifiers(model)
+    ids, mask = padded(texts, side)
+    hidden = last_hidden(model, ids, mask)
+    alone = [
+        model.score(last_hidden(model, text[None], torch.ones_like(text)[None])[0, -1]) for text in texts
+    ]
+    expected = torch.stack(alone)
+    torch.testing.assert_close(head(hidden, attention_mask=mask), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        own = model(input_ids=ids, attention_mask=mask).logits
+    assert ((own - expected).abs() > 1e-3).any(dim=-1).all()
+    hidden[mask == 0] = torch.nan
+    assert torch.equal(
+        head(hidden, attention_mask=mask), head(hidden.nan_to_num(7.0), attention_mask=mask)
+    )  # what is padding is not read
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (16, 24, 8)])
+def test_the_head_of_several_classifiers(texts: list[torch.Tensor], sizes: tuple[int, ...]) -> None:
+    models = [classifier(hidden_size=size) for size in sizes]
+    head = lk.nn.RewardHead.from_sequence_classifiers(models)
+    masks = [padded(texts, side)[1] for side in ("right", "left", "right")[: len(models)]]
+    hidden = [
+        last_hidden(model, *padded(texts, side))
+        for model, side in zip(models, ("right", "left", "right"), strict=False)
+    ]
+    scores = head(hidden, attention_mask=masks)
+    for k, model in enumerate(models):
+        one = lk.nn.RewardHead.from_sequence_classifiers([model])
+        assert torch.equal(scores[:, k : k + 1], one(hidden[k], attention_mask=masks[k]))
+    assert not any(
+        mine is theirs for mine in head.parameters() for model in models for theirs in model.parameters()
+    )
+    assert f"num_properties={len(sizes)}" in repr(head)
+    scores.sum().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+    assert torch.equal(copy.deepcopy(head)(hidden, attention_mask=masks), scores)
+
+
+def test_classifiers_without_such_a_head() -> None:
+    transformers = pytest.importorskip("transformers", reason="Hugging Face's models need transformers")
+    size = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24}
+    bert = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**size, num_hidden_layers=1, num_attention_heads=2)
+    )
+    make = lk.nn.RewardHead.from_sequence_classifiers
+    with pytest.raises(ValueError, match="linear layer `score`.*BertForSequenceClassification has none"):
+        make(bert)
+    with pytest.raises(ValueError, match=r"models\[1\] must have one label.* has 2"):
+        make([classifier(), classifier(labels=2)])
+    with pytest.raises(ValueError, match="at least one reward model"):
+        make([])
+
+
 def options_of_zeros() -> dict[str, Any]:
     return {"reference_reward": [0.0] * 3, "weights": [1.0] * 3, "scale": [1.0] * 3, "floor": [0.0] * 3}
 
