@@ -1,7 +1,7 @@
 // kl_from_logprobs on CUDA, from float32 log-probabilities: a thread a token, in double. Forward reads 2 floats and writes 1
 // per token; backward reads 3 and writes 2.
 #include "cuda/tensors.h"
-#include "math/token_row.h"
+#include "math/kl_arguments.h"
 
 namespace lsc {
 namespace cuda {
@@ -26,18 +26,10 @@ struct LogprobBackward {
   float *to_logprobs, *to_ref;
 };
 
-LSC_DEVICE KLValue<double> value_at(const LogprobTokens& in, int64_t i) {
-  const double logprob = in.logprobs[i], ref_logprob = in.ref_logprobs[i];
-  // equal log-probabilities give 0, also where both are -inf
-  const double d = logprob == ref_logprob ? 0 : logprob - ref_logprob;
-  const double log_weight = in.kl.old_logprobs ? logprob - in.kl.old_logprobs[i] : 0;
-  return evaluate_kl<double>(d, 0, in.kl.old_logprobs ? &log_weight : nullptr, options_of(in.kl));
-}
-
 LSC_KERNEL(kTokenThreads, 4) kl_forward(LSC_ARGUMENT LogprobForward a) {
   const int64_t i = block_index() * kTokenThreads + thread_index();
   if (i >= a.in.count) return;
-  a.kl[i] = a.in.mask && !a.in.mask[i] ? 0.0f : float(value_at(a.in, i).kl);
+  a.kl[i] = a.in.mask && !a.in.mask[i] ? 0.0f : float(value_at(a.in.logprobs, a.in.ref_logprobs, a.in.kl, i).kl);
 }
 
 LSC_KERNEL(kTokenThreads, 4) kl_backward(LSC_ARGUMENT LogprobBackward a) {
@@ -46,7 +38,7 @@ LSC_KERNEL(kTokenThreads, 4) kl_backward(LSC_ARGUMENT LogprobBackward a) {
   a.to_logprobs[i] = a.to_ref[i] = 0;
   const double upstream = a.grad[i];
   if ((a.in.mask && !a.in.mask[i]) || upstream == 0) return;
-  const KLValue<double> value = value_at(a.in, i);
+  const KLValue<double> value = value_at(a.in.logprobs, a.in.ref_logprobs, a.in.kl, i);
   a.to_logprobs[i] = float(upstream * (value.on_ratio + value.through_weight));
   a.to_ref[i] = float(-upstream * value.on_ratio);
 }

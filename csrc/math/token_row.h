@@ -4,9 +4,8 @@
 
 #include <cmath>
 
-#include "cpu/kernels/rows.h"
 #include "math/half.h"
-#include "math/kl.h"
+#include "math/kl_arguments.h"
 #include "math/log_ratio.h"
 #include "math/row_state.h"
 
@@ -79,10 +78,6 @@ LSC_FN inline PairRow pair_row(const RowState<double>& state, double temperature
   const ModelRow other{state.other_max, state.other_S, summary.log_other_S, state.H};
   if (reverse) return {other, main, -state.centre, -summary.L, summary.kl, summary.near};
   return {main, other, state.centre, summary.L, summary.kl, summary.near};
-}
-
-LSC_FN inline KLOptions options_of(const KLArguments& a) {
-  return {Kind(a.kind), a.straight_through, a.ratio_low, a.ratio_high, a.kl_low, a.kl_high};
 }
 
 LSC_FN inline bool is_reverse(const KLArguments* kl) { return kl && Kind(kl->kind) == Kind::full_reverse; }

@@ -5,51 +5,14 @@
 
 #include "cpu/kernels/row_reader.h"
 #include "cpu/kernels/rows.h"
-#include "math/kl.h"
+#include "math/token_row.h"
 
 namespace lsc {
 namespace LSC_ISA {
 
-constexpr int kIgnoreIndex = -100;
 // A row is cut into chunks of this many columns, each with a state of its own, merged in order. The cut depends on V
 // alone, so the result is the same bits whether one thread reads the row or several.
 constexpr int64_t kChunk = 65536;
-
-template <typename T>
-inline const T* row_pointer(const Rows& rows, int64_t row) {
-  int64_t offset = 0;
-  for (int d = rows.leading - 1; d > 0; --d) {
-    offset += row % rows.sizes[d] * rows.strides[d];
-    row /= rows.sizes[d];
-  }
-  return static_cast<const T*>(rows.data) + offset + row * rows.strides[0];
-}
-
-// Calls with(T{}) for the type that `dtype` names.
-template <typename With>
-inline auto with_type(DType dtype, const With& with) {
-  switch (dtype) {
-    case DType::bfloat16: return with(BFloat16{});
-    case DType::float16: return with(Half{});
-    case DType::float32: break;
-  }
-  return with(float{});
-}
-
-inline int64_t action_at(const TokenRows& rows, int64_t row) {
-  return rows.actions_are_int32 ? static_cast<const int32_t*>(rows.actions)[row]
-                                : static_cast<const int64_t*>(rows.actions)[row];
-}
-inline bool counted(const TokenRows& rows, int64_t row) {
-  return action_at(rows, row) != kIgnoreIndex && (!rows.mask || rows.mask[row]);
-}
-inline double temperature_at(const TokenRows& rows, int64_t row) {
-  return rows.temperatures ? rows.temperatures[row] : rows.temperature;
-}
-
-inline float logit_at(const Rows& rows, int64_t row, int64_t column) {
-  return with_type(rows.dtype, [&](auto type) { return to_float(row_pointer<decltype(type)>(rows, row)[column]); });
-}
 
 template <typename T>
 inline void widen(const T* from, int n, float* to) {
@@ -107,146 +70,23 @@ inline RowState<double> read_row(const TokenRows& rows, int64_t row) {
   return state;
 }
 
-// One model's part of a row: its maximum, log-sum and, where asked for, its entropy sum.
-struct ModelRow {
-  double max, S, log_S, H;
-
-  double logprob(float logit, double temperature) const { return (logit - max) / temperature - log_S; }
-};
-
-// A row of the two models as policy and reference, whichever of them was the main one.
-struct PairRow {
-  ModelRow policy, ref;
-  double centre, L, divergence;  // log pi(v) - log ref(v) = (x_v - y_v - centre)/T + L
-  bool near;
-};
-
 inline ModelRow alone(const Rows& rows, int64_t row, int64_t vocabulary, double temperature) {
-  const RowState<double> state = read_logprobs(rows, row, temperature, 0, vocabulary);
-  return {state.main_max, state.S, state.S > 0 ? std::log(state.S) : NAN, state.H};
+  return model_row(read_logprobs(rows, row, temperature, 0, vocabulary));
 }
-
-inline PairRow pair_row(const TokenRows& rows, int64_t row, const RowState<double>& state, bool reverse) {
-  const double temperature = temperature_at(rows, row);
-  const RowSummary<double> summary = summarise(state, temperature);
-  const ModelRow main{state.main_max, state.S, summary.log_S, state.H};
-  const ModelRow other{state.other_max, state.other_S, summary.log_other_S, state.H};
-  PairRow pair{main, other, state.centre, summary.L, summary.kl, summary.near};
-  if (reverse) pair = {other, main, -state.centre, -summary.L, summary.kl, summary.near};
-  if (rows.ref.data && std::isnan(summary.L)) {
-    // one model's row is undefined; the other's own outputs are not, but came from sums that the two share
-    pair.policy = alone(rows.policy, row, rows.vocabulary, temperature);
-    pair.ref = alone(rows.ref, row, rows.vocabulary, temperature);
-  }
-  return pair;
-}
-
-inline KLOptions options_of(const KLArguments& a) {
-  return {Kind(a.kind), a.straight_through, a.ratio_low, a.ratio_high, a.kl_low, a.kl_high};
-}
-
-inline void write_nothing(int64_t row, const TokenOutputs& out) {
-  for (float* output : {out.kl, out.logprobs, out.ref_logprobs, out.entropy})
-    if (output) output[row] = 0;
-  if (out.saved)
-    for (int i = 0; i < kSaved; ++i) out.saved[row * kSaved + i] = 0;
-}
-
-inline bool is_reverse(const KLArguments* kl) { return kl && Kind(kl->kind) == Kind::full_reverse; }
-
-inline void save_double(double value, float* saved) {
-  saved[0] = float(value);
-  saved[1] = std::isfinite(saved[0]) ? float(value - saved[0]) : 0.0f;
-}
-inline double saved_double(const float* saved) { return double(saved[0]) + saved[1]; }
 
 // From the state of a whole row to its outputs.
 inline void write_row(
     const TokenRows& rows, int64_t row, const RowState<double>& state, const KLArguments* kl, const TokenOutputs& out) {
   const double temperature = temperature_at(rows, row);
-  PairRow pair = pair_row(rows, row, state, is_reverse(kl));
+  PairRow pair = pair_row(state, temperature, is_reverse(kl));
+  if (kl && std::isnan(pair.L)) {
+    // one model's row is undefined; the other's own outputs are not, but came from sums that the two share
+    pair.policy = alone(rows.policy, row, rows.vocabulary, temperature);
+    pair.ref = alone(rows.ref, row, rows.vocabulary, temperature);
+  }
   const int64_t action = action_at(rows, row);
-  const float x = logit_at(rows.policy, row, action);
-  const double logprob = pair.policy.logprob(x, temperature);
-  const double entropy = pair.policy.log_S - pair.policy.H / pair.policy.S;
-  double d = 0;
-  if (kl) {
-    const float y = logit_at(rows.ref, row, action);
-    const double ref_logprob = pair.ref.logprob(y, temperature);
-    // models that nearly agree are told by their difference, others by their log-probabilities
-    d = (double(x) - y - pair.centre) / temperature + pair.L;
-    const bool by_difference = pair.near && std::isfinite(d);
-    if (!by_difference) d = logprob - ref_logprob;
-    // equal logits agree exactly, -inf included; and one column leaves nothing to differ
-    const bool equal = (x == y && std::isinf(x)) || rows.vocabulary == 1;
-    if (equal && !std::isnan(pair.L)) d = 0;
-    if (rows.vocabulary == 1) pair.divergence = scaled(pair.divergence, 0.0);
-    const double log_weight = kl->old_logprobs ? logprob - kl->old_logprobs[row] : 0;
-    out.kl[row] = float(evaluate_kl(d, pair.divergence, kl->old_logprobs ? &log_weight : nullptr, options_of(*kl)).kl);
-    out.ref_logprobs[row] = float(by_difference ? logprob - d : ref_logprob);
-  }
-  out.logprobs[row] = float(logprob);
-  out.entropy[row] = float(entropy);
-  if (!out.saved) return;
-  float* saved = out.saved + row * kSaved;
-  for (int i = 0; i < kSaved; ++i) saved[i] = 0;
-  saved[kMax] = float(pair.policy.max);
-  saved[kInverseS] = float(1 / pair.policy.S);
-  saved[kMeanLogit] = float(pair.policy.H / pair.policy.S);
-  save_double(logprob, saved + kLogprob);
-  if (!kl) return;
-  saved[kRefMax] = float(pair.ref.max);
-  saved[kRefLogS] = float(pair.ref.log_S);
-  save_double(pair.centre, saved + kCentre);
-  saved[kL] = float(pair.L);
-  saved[kOffset] = float(is_reverse(kl) ? pair.L + pair.divergence : pair.L - pair.divergence);
-  saved[kDivergence] = float(pair.divergence);
-  save_double(d, saved + kLogRatio);
-}
-
-// The upstream gradients of a row, combined: with p, q the probabilities and delta + L the log ratio of a column,
-//
-//     d / d x = p (p0 + p_logit (x - m)/T + p_delta delta) + p_minus_q (p - q) + at the action: policy_action
-//     d / d y = q (q0 + q_delta delta) + q_minus_p (q - p)                     + at the action: ref_action
-struct Coefficients {
-  double p0 = 0, p_logit = 0, p_delta = 0, p_minus_q = 0, policy_action = 0;
-  double q0 = 0, q_delta = 0, q_minus_p = 0, ref_action = 0;
-};
-
-inline Coefficients coefficients(const TokenRows& rows, int64_t row, const KLArguments* kl, const TokenGradients& grads) {
-  const auto upstream = [row](const float* gradient) { return gradient ? double(gradient[row]) : 0.0; };
-  // an overflowed slope that nobody asked for is not NaN
-  const auto chain = [](double gradient, double factor) { return gradient == 0 ? 0 : gradient * factor; };
-  const float* saved = grads.saved + row * kSaved;
-  const double to_entropy = upstream(grads.entropy);
-  double to_logprob = upstream(grads.logprobs), to_ref = upstream(grads.ref_logprobs), to_divergence = 0;
-  Coefficients c;
-  if (kl) {
-    const double log_weight = kl->old_logprobs ? saved_double(saved + kLogprob) - kl->old_logprobs[row] : 0;
-    const KLValue<double> value = evaluate_kl<double>(
-        saved_double(saved + kLogRatio), saved[kDivergence], kl->old_logprobs ? &log_weight : nullptr, options_of(*kl));
-    const double to_kl = upstream(grads.kl);
-    to_logprob += chain(to_kl, value.on_ratio + value.through_weight);
-    to_ref -= chain(to_kl, value.on_ratio);
-    to_divergence = chain(to_kl, value.on_divergence);
-  }
-  const double from_offset = chain(to_divergence, saved[kOffset]);
-  c.p0 = -to_logprob + chain(to_entropy, saved[kMeanLogit]);
-  c.p_logit = -to_entropy;
-  c.policy_action = to_logprob;
-  c.q0 = -to_ref;
-  c.ref_action = to_ref;
-  if (kl && Kind(kl->kind) == Kind::full) {
-    c.p0 += from_offset, c.p_delta = to_divergence;
-    c.q_minus_p = to_divergence;
-  } else if (kl && Kind(kl->kind) == Kind::full_reverse) {
-    c.p_minus_q = to_divergence;
-    c.q0 -= from_offset, c.q_delta = -to_divergence;
-  }
-  const double inverse = 1 / temperature_at(rows, row);
-  for (double* value : {&c.p0, &c.p_logit, &c.p_delta, &c.p_minus_q, &c.policy_action, &c.q0, &c.q_delta, &c.q_minus_p, &c.ref_action})
-    *value *= inverse;
-  return c;
+  const float x = logit_at(rows.policy, row, action), y = kl ? logit_at(rows.ref, row, action) : 0.0f;
+  write_row(rows, row, pair, x, y, kl, out);
 }
 
 // What a row's gradients are made of.
@@ -336,23 +176,10 @@ inline void write_gradient(const X* x, const Y* y, int64_t n, const RowGradient<
 // The action's column again, in double.
 template <typename X, typename Y>
 inline void write_action(const X* x, const Y* y, int64_t action, const float* saved, const Coefficients& c, double temperature, X* to_policy, Y* to_ref) {
-  const double logit = (to_float(x[action]) - double(saved[kMax])) / temperature;
-  const double logprob = saved_double(saved + kLogprob), p = std::exp(logprob);
-  // 1 - p = -expm1(log p) keeps what is left where p is nearly 1
-  double policy = scaled(c.policy_action, -std::expm1(logprob)) + scaled(p, c.p0 + c.policy_action + scaled(c.p_logit, logit));
-  if (y) {
-    const double d = saved_double(saved + kLogRatio);
-    const double raw = (double(to_float(x[action])) - to_float(y[action]) - saved_double(saved + kCentre)) / temperature;
-    const double delta = std::isfinite(raw) ? raw : 0;
-    const double ref_logprob = (to_float(y[action]) - double(saved[kRefMax])) / temperature - saved[kRefLogS];
-    const double q = std::exp(ref_logprob);
-    const double difference = std::fabs(d) < kSmallLogRatio ? -p * std::expm1(-d) : p - q;
-    policy += scaled(p, scaled(c.p_delta, delta)) + scaled(difference, c.p_minus_q);
-    const double ref = scaled(c.ref_action, -std::expm1(ref_logprob)) +
-                       scaled(q, c.q0 + c.ref_action + scaled(c.q_delta, delta)) - scaled(difference, c.q_minus_p);
-    if (to_ref) from_float(float(ref), to_ref + action);
-  }
-  if (to_policy) from_float(float(policy), to_policy + action);
+  const float ref_logit = y ? to_float(y[action]) : 0.0f;
+  const ColumnGradient gradient = action_gradient(to_float(x[action]), ref_logit, y, saved, c, temperature);
+  if (to_policy) from_float(float(gradient.policy), to_policy + action);
+  if (to_ref) from_float(float(gradient.ref), to_ref + action);
 }
 
 inline void write_row_gradients(const TokenRows& rows, int64_t row, const KLArguments* kl, const TokenGradients& grads) {
