@@ -30,7 +30,7 @@ demo: install
 	$(BIN)/lsc-kernels demo $(DEMO_ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
 
 bench: install
 	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)

@@ -1,13 +1,19 @@
-"""Runs the Python examples in README.md and docs/ as tests, and Triton's kernels without a GPU."""
+"""Runs the Python examples in README.md and docs/ as tests, and Triton's kernels without a GPU; shares tests out."""
 
 import importlib.util
 import os
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
 from pathlib import Path
 
-import torch
+import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+# Several processes with threads of their own share the cores: one that waits for its others must not spin meanwhile.
+# OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(doctest_optionflags=ELLIPSIS | NORMALIZE_WHITESPACE), SkipParser()],
@@ -23,3 +29,14 @@ if importlib.util.find_spec("triton") is None:
 elif not torch.cuda.is_available():
     # The kernels are interpreted. triton must read this when it is imported, and torch.compile imports it.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `-n auto --dist loadgroup`: an op's cases go to whoever is free, other files stay whole.
+
+    The examples of a page build on each other, and fixtures of a module are made once.
+    """
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if "backend" not in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))

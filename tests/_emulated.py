@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from lsc_kernels import native
 
@@ -30,12 +31,16 @@ def build() -> Path:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     torch_folder = Path(torch.__file__).parent
     configure = ["cmake", "-G", "Ninja", "-S", str(ROOT / "tests/emulation"), "-B", str(folder)]
-    for command in ([*configure, f"-DLSC_TORCH={torch_folder}"], ["cmake", "--build", str(folder), "-j2"]):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(
-                f"{' '.join(command)} failed with\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
-            )
+    with FileLock(folder / "lock"):
+        for command in (
+            [*configure, f"-DLSC_TORCH={torch_folder}"],
+            ["cmake", "--build", str(folder), "-j2"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise RuntimeError(
+                    f"{' '.join(command)} failed with\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+                )
     return folder / "liblsc_kernels_emulated.so"
 
 

@@ -18,7 +18,8 @@ from _on_gpu import use_gpu
 import lsc_kernels as lk
 from lsc_kernels import native, triton
 
-SEED = int(os.environ.get("LSC_TEST_SEED") or secrets.randbits(31))
+# Set for the processes that share the tests out between them: all have to draw the same cases.
+SEED = int(os.environ.setdefault("LSC_TEST_SEED", str(secrets.randbits(31))))
 
 
 def quicken_interpreter() -> None:
@@ -122,5 +123,5 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """Random numbers that are new in each run and do not depend on which other tests run."""
     print(f"to repeat these inputs: LSC_TEST_SEED={SEED}")
-    digest = hashlib.sha256(f"{SEED} {request.node.nodeid}".encode()).digest()
+    digest = hashlib.sha256(f"{SEED} {request.path.name} {request.node.getmodpath()}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:6], "little"))

@@ -120,7 +120,9 @@ def test_every_position(backend: str, generator: Generator, shape: tuple[int, ..
         [hidden, weight, bias],
     )
     expected = hidden.nan_to_num().double() @ weight.double().T + bias
-    assert ((scores - expected)[counted].abs() <= 1e-6 * size[counted]).all() and (scores[~counted] == 0).all()
+    assert ((scores - expected)[counted].abs() <= 1e-6 * size[counted]).all() and (
+        scores[~counted] == 0
+    ).all()
     to_hidden, to_weight, to_bias = gradients
     assert to_hidden is not None and to_weight is not None and to_bias is not None
     assert (to_hidden[~counted] == 0).all() and to_weight.isfinite().all() and to_bias.isfinite().all()

@@ -16,6 +16,7 @@ from _cases import (
     SAMPLED_KINDS,
     VOCABULARIES,
     few,
+    interpreted,
     logit_pair,
     rows_for,
     sampled_actions,
@@ -862,38 +863,47 @@ class TestBeyond31Bits:
 class TestAnyInput:
     """Hypothesis looks for the shape, mask, clamp and layout nobody thought of."""
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(data=st.data())
-    def test_against_the_truth(self, backend: str, data: st.DataObject) -> None:
-        seed = data.draw(st.integers(0, 2**31), label="seed")
-        generator = torch.Generator().manual_seed(seed)
-        leading = data.draw(st.lists(st.integers(0, 4), max_size=3), label="leading dimensions")
-        vocabulary = data.draw(st.integers(1, 70) | st.sampled_from([2047, 2048, 2049, 4097]), label="V")
-        shape = (*leading, vocabulary)
-        dtype = data.draw(st.sampled_from(DTYPES[:3]), label="dtype")
-        policy, ref = logit_pair(
-            generator, data.draw(st.sampled_from(list(REGIMES)), label="regime"), shape, dtype
+    def test_against_the_truth(self, backend: str) -> None:
+        @settings(
+            max_examples=12 if interpreted() else 60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         )
-        actions = (
-            sampled_actions(generator, policy)
-            if policy.numel()
-            else torch.zeros(shape[:-1], dtype=torch.int64)
-        )
-        options: dict[str, object] = {
-            "kl": data.draw(st.sampled_from(KINDS), label="kl"),
-            "grad": data.draw(st.sampled_from(["autograd", "straight_through"]), label="grad"),
-        }
-        interval = st.tuples(st.floats(-5, 5), st.floats(0, 5)).map(lambda pair: (pair[0], pair[0] + pair[1]))
-        if data.draw(st.booleans(), label="masked"):
-            options["mask"] = torch.rand(shape[:-1], generator=generator) < 0.5
-        if data.draw(st.booleans(), label="clamped value"):
-            options["kl_clamp"] = data.draw(interval, label="kl_clamp")
-        if data.draw(st.booleans(), label="clamped ratio") and not str(options["kl"]).startswith("full"):
-            options["log_ratio_clamp"] = data.draw(interval, label="log_ratio_clamp")
-        if data.draw(st.booleans(), label="temperature"):
-            options["temperature"] = data.draw(st.floats(0.1, 10), label="temperature")
-        if data.draw(st.booleans(), label="transposed") and policy.dim() > 1:
-            policy = policy.transpose(0, -1).contiguous().transpose(0, -1)
-        check_token_kl_gradients(
-            policy, ref, actions, generator, combinations=(("kl", "logprobs", "entropy"),), **options
-        )
+        @given(data=st.data())
+        def check(data: st.DataObject) -> None:
+            seed = data.draw(st.integers(0, 2**31), label="seed")
+            generator = torch.Generator().manual_seed(seed)
+            leading = data.draw(st.lists(st.integers(0, 4), max_size=3), label="leading dimensions")
+            vocabulary = data.draw(st.integers(1, 70) | st.sampled_from([2047, 2048, 2049, 4097]), label="V")
+            shape = (*leading, vocabulary)
+            dtype = data.draw(st.sampled_from(DTYPES[:3]), label="dtype")
+            policy, ref = logit_pair(
+                generator, data.draw(st.sampled_from(list(REGIMES)), label="regime"), shape, dtype
+            )
+            actions = (
+                sampled_actions(generator, policy)
+                if policy.numel()
+                else torch.zeros(shape[:-1], dtype=torch.int64)
+            )
+            options: dict[str, object] = {
+                "kl": data.draw(st.sampled_from(KINDS), label="kl"),
+                "grad": data.draw(st.sampled_from(["autograd", "straight_through"]), label="grad"),
+            }
+            interval = st.tuples(st.floats(-5, 5), st.floats(0, 5)).map(
+                lambda pair: (pair[0], pair[0] + pair[1])
+            )
+            if data.draw(st.booleans(), label="masked"):
+                options["mask"] = torch.rand(shape[:-1], generator=generator) < 0.5
+            if data.draw(st.booleans(), label="clamped value"):
+                options["kl_clamp"] = data.draw(interval, label="kl_clamp")
+            if data.draw(st.booleans(), label="clamped ratio") and not str(options["kl"]).startswith("full"):
+                options["log_ratio_clamp"] = data.draw(interval, label="log_ratio_clamp")
+            if data.draw(st.booleans(), label="temperature"):
+                options["temperature"] = data.draw(st.floats(0.1, 10), label="temperature")
+            if data.draw(st.booleans(), label="transposed") and policy.dim() > 1:
+                policy = policy.transpose(0, -1).contiguous().transpose(0, -1)
+            check_token_kl_gradients(
+                policy, ref, actions, generator, combinations=(("kl", "logprobs", "entropy"),), **options
+            )
+
+        check()
