@@ -1,4 +1,4 @@
-"""token_logprobs, token_kl and shaped_rewards on a GPU, beside eager, torch.compile and the peers that are installed.
+"""The token ops, shaped_rewards and advantages on a GPU, beside eager, torch.compile and installed peers.
 
     python -m benchmarks.gpu [--seconds 240] [--name NAME]
 
@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT)]
 
 import _logits  # noqa: E402
 import _truth  # noqa: E402
+import bench_advantages as advantages  # noqa: E402
 import bench_shaped_rewards as shaped  # noqa: E402
 from _measure import COMPILED, EAGER, NATIVE, Function, Outputs, commit, errors, forward, forward_backward  # noqa: E402
 
@@ -296,13 +297,44 @@ def logprob_problems(device: torch.device, batch: int, length: int) -> Iterator[
         )
 
 
+def advantage_problems(device: torch.device, batch: int, length: int) -> Iterator[Problem]:
+    """What comes after the rewards, [B, T] in fp32, and a million samples in groups."""
+    generator = Generator(device).manual_seed(23)
+    rewards, values = torch.randn(2, batch, length, generator=generator, device=device)
+    lengths = torch.randint(1, length + 1, (batch, 1), generator=generator, device=device)
+    mask = torch.arange(length, device=device) < lengths
+    utility = torch.randn(batch * length // 8, generator=generator, device=device)
+    # a loop of 8192 steps cannot be compiled as a whole
+    steps = functools.partial(advantages.textbook_gae, step=compiled(advantages.gae_step))
+    for op, ours_, textbook, in_compilation, inputs, bytes_each in (
+        ("gae", advantages.gae, advantages.textbook_gae, steps, [rewards, values, mask], 17),
+        ("discounted_returns", advantages.returns, advantages.textbook_returns, None, [rewards, mask], 9),
+        ("masked_whiten", advantages.whitened, advantages.textbook_whitened, None, [rewards, mask], 14),
+        ("group_advantages", advantages.grouped, advantages.textbook_grouped, None, [utility], 8),
+    ):
+        yield Problem(
+            *(op, "as trainers call it", torch.float32, dict(zip("BT", inputs[0].shape, strict=False))),
+            inputs=functools.partial(list, inputs),
+            checked=first_rows if op == "gae" else list,
+            ways={
+                EAGER: textbook,
+                COMPILED: in_compilation or compiled(textbook),
+                **ours(device, ours_),
+            },
+            truth=advantages.in_fp64(textbook),
+            moved_bytes=inputs[0].numel() * bytes_each,
+        )
+
+
 def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
     """Every row of the table, those that matter most first."""
     if quick:
         yield from token_problems(device, 16, 1001, torch.bfloat16)
         yield from logprob_problems(device, 4, 33)
+        yield from advantage_problems(device, 8, 50)
         return
     yield from logprob_problems(device, 1024, 2048)
+    yield from advantage_problems(device, 1024, 8192)
     for vocabulary, rows, dtype in itertools.product(VOCABULARIES, ROWS, _logits.DTYPES):
         yield from token_problems(device, rows, vocabulary, dtype)
 

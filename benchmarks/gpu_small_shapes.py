@@ -39,6 +39,13 @@ def calls(
     yield lambda: (lk.aggregate_rewards(normal(2, 3), reference, formula="0 & (1 | ~2)"),)
     yield lambda: (lk.reward_head(hidden, weight),)
     yield lambda: (lk.token_rewards(utility, logprobs, mask, beta=0.1),)
+    yield lambda: lk.gae(logprobs, ref_logprobs, mask, bootstrap=utility, holes="zero")
+    longer, bounds = normal(9001), torch.tensor([0, 5, 5, 9001], device=device)
+    yield lambda: lk.gae(longer, longer, None, cu_seqlens=bounds)  # several blocks a sequence
+    yield lambda: (lk.discounted_returns(logprobs, mask, gamma=0.9),)
+    yield lambda: (lk.group_advantages(longer, torch.arange(9001, device=device) % 1000),)
+    yield lambda: (lk.group_advantages(normal(6, 3), 3, method="gdpo"),)
+    yield lambda: (lk.masked_whiten(logprobs, mask),)
     yield lambda: lk.shaped_rewards(hidden, weight, reference, policy, ref, actions, mask, beta=0.1)
 
 

@@ -21,7 +21,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lsc_kernels.eager.gae import GaeOptions
+from lsc_kernels.eager.group_advantages import GroupOptions
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
+from lsc_kernels.eager.masked_whiten import WhitenOptions
 from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide
 from lsc_kernels.eager.token_rewards import RewardOptions
 from lsc_kernels.formula import compile_formula
@@ -164,6 +167,7 @@ def launch_everything(dtype: torch.dtype, kinds: tuple[str, ...]) -> None:
     sampled = KLOptions("k3")
     modules["kl_from_logprobs"].forward(rows.to(dtype), rows, mask, None, sampled)
     modules["kl_from_logprobs"].backward(rows, rows.to(dtype), rows, mask, None, sampled)
+    launch_advantages(modules, rows.to(dtype), rows, mask)
 
     reward = RewardSide(hidden, weight, bias, mask, None, None, None, weights, 1.0, 0.0, None, False, None)
     three = logits.view(batch, length, vocabulary)
@@ -173,6 +177,34 @@ def launch_everything(dtype: torch.dtype, kinds: tuple[str, ...]) -> None:
         modules["shaped_rewards"].forward(reward, policy, sampled, placing)
     policy = PolicySide(rows.to(dtype), rows, None, mask, None, 1.0, None, None)
     modules["shaped_rewards"].forward(reward, policy, sampled, placing)
+
+
+def launch_advantages(modules: dict[str, Any], values: Tensor, rows: Tensor, mask: Tensor) -> None:
+    bounds = torch.tensor([0, rows.numel(), rows.numel()])
+    for holes, shape, cu_seqlens in (
+        ("skip", (2, -1), None),
+        ("zero", (-1,), bounds),
+        ("cut", (-1,), bounds),
+    ):
+        x, v, kept, options = (
+            rows.view(shape),
+            values.view(shape),
+            mask.view(shape),
+            GaeOptions(0.9, 0.9, holes),
+        )
+        modules["gae"].forward(v, x, kept, values[:, 0], cu_seqlens, options)
+        modules["gae"].backward(x, x, kept, cu_seqlens, values[:, 0], options)
+    discounted = GaeOptions(0.9, 1.0, "skip")
+    modules["discounted_returns"].forward(values, mask, None, discounted)
+    modules["discounted_returns"].backward(rows, mask, None, discounted)
+    ids, weights = torch.zeros(len(values), dtype=torch.int64), rows[0].double()
+    grouped = (values, ids, weights, GroupOptions(True, True, True, 1e-4))
+    modules["group_advantages"].forward(*grouped)
+    modules["group_advantages"].backward(rows[:, 0], *grouped)
+    whiten, whitening = modules["masked_whiten"], WhitenOptions(False, 1e-8, 1)
+    moments, sums = whiten.moments(values, mask), whiten.sums(rows, values, mask, weights)
+    whiten.forward(values, mask, moments, whitening)
+    whiten.backward(rows, values, mask, moments, sums, whitening)
 
 
 def main(target: str, dtype: str, *kinds: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import _emulated
+import numpy as np
 import pytest
 import torch
 from _on_gpu import use_gpu
@@ -24,7 +25,8 @@ SEED = int(os.environ.setdefault("LSC_TEST_SEED", str(secrets.randbits(31))))
 
 def quicken_interpreter() -> None:
     """Triton's interpreter patches its whole language again at each call from one kernel function to another; once for
-    each module does, and takes half the time."""
+    each module does, and takes half the time. It scans element by element; by doubling, on whole arrays, takes a
+    thousandth."""
     from triton.runtime import interpreter
 
     patched: set[str] = set()
@@ -35,7 +37,25 @@ def quicken_interpreter() -> None:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    def scan(self: Any, given: Any) -> list[Any]:
+        arrays = [each.handle.data.copy() for each in given]
+        reach, length = 1, arrays[0].shape[self.axis]
+        while reach < length:
+            ends = self.combine_fn.fn(
+                *(
+                    self.to_tensor(np.roll(a, reach, self.axis), g.dtype)
+                    for a, g in zip(arrays, given, strict=True)
+                ),
+                *(self.to_tensor(a, g.dtype) for a, g in zip(arrays, given, strict=True)),
+            )
+            reached = (slice(None),) * self.axis + (slice(reach, None),)
+            for array, end in zip(arrays, ends if isinstance(ends, tuple) else (ends,), strict=True):
+                array[reached] = end.handle.data[reached]
+            reach *= 2
+        return [self.to_tensor(a, g.dtype) for a, g in zip(arrays, given, strict=True)]
+
     interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
+    interpreter.ScanOps.generic_scan = scan  # type: ignore[method-assign]
 
 
 def pytest_configure(config: pytest.Config) -> None:

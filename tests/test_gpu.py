@@ -56,7 +56,12 @@ def step(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
     )
     (gradient,) = torch.autograd.grad(shaped.kl.sum() + shaped.entropy.sum(), policy)
     utility = lk.lsc_transform(shaped.scores, x["reference"]).sum(-1)
-    return shaped.rewards, shaped.utility, shaped.kl, gradient, utility
+    values = shaped.entropy.detach().requires_grad_()
+    advantages, returns = lk.gae(shaped.rewards.detach(), values, x["mask"])
+    whitened = lk.masked_whiten(advantages, x["mask"])
+    (to_values,) = torch.autograd.grad(whitened.sum() + returns.square().sum(), values)
+    grouped = lk.group_advantages(shaped.scores, x["mask"].sum(-1), method="gdpo")
+    return shaped.rewards, shaped.utility, shaped.kl, gradient, utility, whitened, to_values, grouped
 
 
 def test_a_graph_replays_with_new_data(kernels: str) -> None:

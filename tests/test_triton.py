@@ -140,6 +140,43 @@ def test_masked_rows_read_no_logits(generator: Generator) -> None:
     assert all(float(each[1]) == 0.0 for each in out)
 
 
+@pytest.mark.parametrize("holes", ["skip", "zero", "cut"])
+def test_a_sequence_is_the_same_bits_however_many_programs_share_it(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, holes: str
+) -> None:
+    monkeypatch.setattr(triton.ops()["gae"], "TILES", 2)  # a chunk is 1024 positions
+    lengths = [2500, 0, 1, 1024, 3000]
+    mask = torch.rand(sum(lengths), generator=generator) < 0.7
+    mask[1500:2500] = False  # the last counted position is in another chunk
+    values, upstream = torch.randn(2, sum(lengths), generator=generator)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+
+    def both(rewards: Tensor, part: slice, bounds: Tensor) -> list[Tensor]:
+        rewards = rewards[part].clone().requires_grad_()
+        leaves = [
+            rewards,
+            values[part].clone().requires_grad_(),
+            torch.ones(len(bounds) - 1).requires_grad_(),
+        ]
+        results = lk.gae(*leaves[:2], mask[part], bootstrap=leaves[2], holes=holes, cu_seqlens=bounds)
+        gradients = torch.autograd.grad(results, leaves, [upstream[part]] * 2)
+        return [*(each.detach() for each in results), *gradients]
+
+    rewards = torch.randn(sum(lengths), generator=generator)
+    with Launches(monkeypatch) as launches:
+        shared = both(rewards, slice(None), bounds)
+    assert len(launches.ours) == 4
+    monkeypatch.setattr(triton.ops()["gae"], "SPLIT_BELOW", 0)
+    with Launches(monkeypatch) as launches:
+        alone = both(rewards, slice(None), bounds)
+    assert len(launches.ours) == 2
+    assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))
+    last = slice(-3000, None)
+    by_itself = both(rewards, last, torch.tensor([0, 3000]))
+    assert all(torch.equal(a[last], b) for a, b in zip(alone[:4], by_itself[:4], strict=True))
+    assert torch.equal(alone[4][4:], by_itself[4])
+
+
 def specialization(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, ...]:
     """What Triton compiles a kernel once for, from the marks of its decorator."""
     marks = kernel.kwargs
@@ -176,9 +213,13 @@ def test_fifty_lengths_compile_once(generator: Generator, monkeypatch: pytest.Mo
             logprobs = normal(generator, batch, length)
             lk.token_rewards(utility, logprobs, arguments["mask"], beta=0.1)
             lk.kl_from_logprobs(logprobs, logprobs)
+            values = logprobs.clone().requires_grad_()
+            lk.gae(logprobs, values, arguments["mask"])[0].sum().backward()
+            lk.masked_whiten(logprobs, arguments["mask"])
+            lk.group_advantages(utility, batch)
             if length == 1:
                 first = {specialization(*launch) for launch in launches.ours}
-                assert len(first) == len(launches.ours) == 10, "each of these launches is a kernel of its own"
+                assert len(first) == len(launches.ours) == 15, "each of these launches is a kernel of its own"
     again = {specialization(*launch) for launch in launches.ours} - first
     assert not again, f"compiled again: {sorted(again)[0]}"
 
@@ -216,8 +257,8 @@ def test_compiles_ahead_of_time(
 ) -> None:
     facts = [json.loads(line) for line in compiled[target, dtype].result().splitlines()]
     assert {fact["kernel"].split(".")[0] for fact in facts} >= {
-        "aggregate_rewards", "kl_from_logprobs", "lsc_transform", "reward_head", "shaped_rewards", "token_rewards",
-        "token_rows",
+        "aggregate_rewards", "gae", "group_advantages", "kl_from_logprobs", "lsc_transform", "masked_whiten",
+        "reward_head", "shaped_rewards", "token_rewards", "token_rows",
     }  # fmt: skip
     if target.startswith("sm_"):
         # the assembler puts a few words aside in the rare branches, to fit three programs on a multiprocessor

@@ -14,8 +14,12 @@ import torch
 NAMES: Final = (
     "aggregate_rewards",
     "bradley_terry_loss",
+    "discounted_returns",
+    "gae",
+    "group_advantages",
     "kl_from_logprobs",
     "lsc_transform",
+    "masked_whiten",
     "reward_head",
     "shaped_rewards",
     "token_kl",
