@@ -24,6 +24,9 @@ pytest_collect_file = Sybil(
 # there are no wheels of datasketches for the newest Python
 collect_ignore = [] if importlib.util.find_spec("datasketches") else ["lsc_kernels/reference/streaming.py"]
 
+if importlib.util.find_spec("trl") is None:
+    collect_ignore.append("lsc_kernels/trainers/trl/trainers.py")
+
 if importlib.util.find_spec("triton") is None:
     collect_ignore += [str(path) for path in Path("lsc_kernels/triton").glob("*.py")]
 elif not torch.cuda.is_available():

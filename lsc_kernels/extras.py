@@ -15,6 +15,7 @@ EXTRA_OF = {
     "matplotlib": "plot",
     "datasketches": "reference",
     "duckdb": "reference",
+    "trl": "trl",
 }
 
 
