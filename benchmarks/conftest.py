@@ -107,17 +107,19 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Compare:
         case: str = "",
         leaf: int | None = None,
         check: Callable[[Outputs], None] | None = None,
+        compile: bool = True,
     ) -> None:
-        """``leaf`` is the input to differentiate, None: forward only; ``reads``, the bytes of the floor."""
+        """``leaf`` is the input to differentiate, None: forward only; ``reads``, the bytes of the floor (none: no
+        floor); ``compile``, whether the textbook can be compiled."""
         lk.set_backend("native")
-        torch._dynamo.reset()
-        # tracing alone is enough to see that the comparison still compiles
-        compiled = torch.compile(textbook, backend="eager" if quick else "inductor", dynamic=False)
+        ways_of = {EAGER: textbook, NATIVE: ours}
+        if compile:
+            torch._dynamo.reset()
+            # tracing alone is enough to see that the comparison still compiles
+            compiled = torch.compile(textbook, backend="eager" if quick else "inductor", dynamic=False)
+            ways_of = {EAGER: textbook, COMPILED: compiled, NATIVE: ours}
         make = forward if leaf is None else lambda function, given: forward_backward(function, given, leaf)
-        steps = {
-            name: make(function, inputs)
-            for name, function in ((EAGER, textbook), (COMPILED, compiled), (NATIVE, ours))
-        }
+        steps = {name: make(function, inputs) for name, function in ways_of.items()}
         true = make(truth, inputs)()
         found = {name: errors(step(), true) for name, step in steps.items()}
         if check is not None:
@@ -126,7 +128,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Compare:
             assert error < 1e-4 or error <= 2 * found[EAGER][output], f"{op} {output}: error {error:.1e}"
         del true
 
-        timed: dict[str, Callable[[], object]] = {**steps, FLOOR: read_floor(reads)}
+        timed: dict[str, Callable[[], object]] = {**steps, **({FLOOR: read_floor(reads)} if reads else {})}
         rounds = 1 if quick else rounds_for(timed, request.config.getoption("--bench-seconds"))
         times = Alternating(timed, timed_elsewhere=NATIVE)
         benchmark.group = f"{op} {case} {dtype}"
@@ -139,7 +141,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Compare:
         step_name = "forward" if leaf is None else "forward + backward"
         record = Record(
             *(op, case, step_name, str(dtype)[6:], shape, rounds, ways),
-            floor_ms=times.median(FLOOR),
+            floor_ms=times.median(FLOOR) if reads else None,
             read_gb=read / 1e9,
         )
         benchmark.extra_info.update(record.as_json())

@@ -42,7 +42,13 @@ def median(comparison: Comparison, way: str) -> float:
     return float(comparison["ways"][way]["median_ms"])
 
 
+def milliseconds(comparison: Comparison, way: str) -> str:
+    return number(median(comparison, way)) if way in comparison["ways"] else ""
+
+
 def times_faster(comparison: Comparison, way: str) -> str:
+    if way not in comparison["ways"]:
+        return ""
     return f"{median(comparison, way) / median(comparison, NATIVE):.1f}x"
 
 
@@ -65,10 +71,11 @@ def shape_of(comparison: Comparison) -> str:
 def comparison_row(comparison: Comparison) -> list[str]:
     ways = comparison["ways"]
     floor = comparison["floor_ms"]
-    over_floor = f"{median(comparison, NATIVE) / floor:.2f}" if comparison["step"] == "forward" else ""
+    forward = comparison["step"] == "forward"
+    over_floor = f"{median(comparison, NATIVE) / floor:.2f}" if forward and floor else ""
     return [
         what(comparison),
-        *(number(median(comparison, way)) for way in (EAGER, COMPILED, NATIVE)),
+        *(milliseconds(comparison, way) for way in (EAGER, COMPILED, NATIVE)),
         *(times_faster(comparison, way) for way in (EAGER, COMPILED)),
         number(floor),
         over_floor,
@@ -101,7 +108,8 @@ textbook formula in PyTorch as trainers write it (logits of lower precision upca
 that the forward pass must read, in the same rounds. Errors are the worst of the batch against fp64:
 in a forward row of the op's first output, relative to its mean size; in the others of the gradient,
 relative to its largest element. MB is what torch's allocator handed out at its peak, inputs not
-counted. Logits have standard deviation 3; the *near* reference is the policy plus noise of 0.1, the
+counted. Rows that begin with *TRL* have TRL's own functions as *eager*, called in its real trainer where a trainer
+calls them. Logits have standard deviation 3; the *near* reference is the policy plus noise of 0.1, the
 *independent* one has nothing in common with it.
 """
 
