@@ -72,6 +72,6 @@ $(VENV)/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .venv-trainers build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	rm -f lsc_kernels/_C.*.so lsc_kernels/_build_info.py
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

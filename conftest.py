@@ -26,6 +26,8 @@ collect_ignore = [] if importlib.util.find_spec("datasketches") else ["lsc_kerne
 
 if importlib.util.find_spec("trl") is None:
     collect_ignore.append("lsc_kernels/trainers/trl/trainers.py")
+# what verl loads: importing it is what it is for
+collect_ignore += ["lsc_kernels/trainers/_verl_plugin.py", "lsc_kernels/trainers/verl_patch.py"]
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore += [str(path) for path in Path("lsc_kernels/triton").glob("*.py")]
