@@ -46,7 +46,14 @@ def calls(
     yield lambda: (lk.group_advantages(longer, torch.arange(9001, device=device) % 1000),)
     yield lambda: (lk.group_advantages(normal(6, 3), 3, method="gdpo"),)
     yield lambda: (lk.masked_whiten(logprobs, mask),)
-    yield lambda: lk.shaped_rewards(hidden, weight, reference, policy, ref, actions, mask, beta=0.1)
+    for formula in (None, "0 & (1 | ~2)"):
+        yield lambda formula=formula: lk.shaped_rewards(
+            hidden, weight, reference, policy, ref, actions, mask, beta=0.1, formula=formula
+        )
+    yield lambda: lk.shaped_rewards(
+        *(hidden, weight, reference, None, None, None, mask),
+        **{"beta": 0.1, "policy_logprobs": logprobs, "ref_logprobs": ref_logprobs},
+    )[:4]
 
 
 def main() -> int:

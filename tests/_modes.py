@@ -1,4 +1,4 @@
-"""What every op is put through around its values: compilation, and the memory it takes."""
+"""What every op is put through around its values: compilation, launches, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,40 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lsc_kernels import native
+
+NO_LAUNCH = {
+    "aten.empty",
+    "aten.new_empty",
+    "aten.expand",
+    "aten.view",
+    "aten.unsqueeze",
+    "aten.detach",
+    "aten.alias",
+}
+
+
+class TorchLaunches(TorchDispatchMode):
+    """The kernels that a GPU would be given by PyTorch itself, beside those of this library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).rsplit(".", 1)[0]
+        if name not in NO_LAUNCH and not name.startswith("lsc_kernels"):
+            self.torch.append(name)
+        return func(*args, **(kwargs or {}))
+
 
 needs_native = pytest.mark.skipif(native.UNAVAILABLE is not None, reason=str(native.UNAVAILABLE))
 

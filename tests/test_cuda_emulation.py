@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import _emulated
 import pytest
 import torch
-from _cases import logit_pair, sampled_actions
+from _cases import logit_pair, normal, sampled_actions
+from _modes import TorchLaunches
 from torch import Generator, Tensor
 
 import lsc_kernels as lk
@@ -93,3 +95,82 @@ def test_an_action_outside_makes_its_row_nan(generator: Generator, dtype: torch.
     for each in (*out, gradient):
         assert each[0].isfinite().all() and each[1].isnan().all() and each[2].isnan().all()
         assert (each[3] == 0).all()
+
+
+def chain(generator: Generator, batch: int, length: int, vocabulary: int, **changes: Any) -> dict[str, Any]:
+    """shaped_rewards in bf16, from everything that has a gradient."""
+    dtype = torch.bfloat16
+    policy, ref = logit_pair(generator, "near_1e-1", (batch, length, vocabulary), dtype)
+    return {
+        "hidden": normal(generator, batch, length, 16).to(dtype).requires_grad_(),
+        "weight": normal(generator, 5, 16).to(dtype).requires_grad_(),
+        "reference_reward": normal(generator, batch, 5).requires_grad_(),
+        "policy": policy.requires_grad_(),
+        "ref": ref,
+        "actions": sampled_actions(generator, policy.detach()),
+        "mask": torch.ones(batch, length, dtype=torch.int64),
+        "beta": 0.1,
+        "bias": normal(generator, 5).to(dtype).requires_grad_(),
+        "attention_mask": torch.ones(batch, length),
+    } | changes
+
+
+FORMULA = "at_least(2, 0, ~1, 2) | (3 & 4)"
+
+
+@pytest.mark.parametrize("formula", [None, FORMULA])
+@pytest.mark.parametrize("placement", ["last", "before_last"])
+def test_shaped_rewards_is_one_launch(generator: Generator, placement: str, formula: str | None) -> None:
+    """PyTorch launches nothing either, whatever the dtypes of mask, weight and bias."""
+    arguments = chain(generator, 3, 4, 50, placement=placement, formula=formula)
+    before = _emulated.launches()
+    with TorchLaunches() as launched:
+        out = lk.shaped_rewards(**arguments)
+    assert _emulated.launches() - before == 1 and launched.torch == []
+
+    logprobs = {"policy_logprobs": out.logprobs.detach(), "ref_logprobs": out.ref_logprobs.detach()}
+    given = arguments | logprobs | {"policy": None, "ref": None, "actions": None}
+    before = _emulated.launches()
+    with TorchLaunches() as launched:
+        lk.shaped_rewards(**given)
+    assert _emulated.launches() - before == 1 and launched.torch == []
+
+
+@pytest.mark.parametrize("formula", [None, FORMULA])
+def test_launches_of_shaped_rewards_backward(generator: Generator, formula: str | None) -> None:
+    """Placement and token rows; with the reward side also aggregation, and three of the head: where it read, hidden
+    states, weights."""
+    arguments = chain(generator, 3, 4, 50, formula=formula)
+    names = ("hidden", "weight", "bias", "reference_reward", "policy")
+    for wanted, launches in ((names, 6), (("policy",), 2)):
+        detached = {name: arguments[name].detach().requires_grad_(name in wanted) for name in names}
+        rewards = lk.shaped_rewards(**(arguments | detached)).rewards
+        before = _emulated.launches()
+        torch.autograd.grad(rewards, [detached[name] for name in wanted], torch.ones_like(rewards))
+        assert _emulated.launches() - before == launches
+
+
+@pytest.mark.parametrize("kl", ["k3", "full_reverse"])
+def test_shaped_rewards_are_the_same_bits_however_blocks_share_rows(generator: Generator, kl: str) -> None:
+    arguments = chain(generator, 2, 2, 70001, kl=kl, formula=FORMULA)
+    expected = None
+    for seed, multiprocessors in ((0, 0), (0, 1), (1, 8), (2, 40)):
+        with _emulated.schedule(seed=seed, multiprocessors=multiprocessors):
+            got = lk.shaped_rewards(**arguments)
+        expected = expected or got
+        for a, b in zip(expected, got, strict=True):
+            assert a is not None and b is not None and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["actions", "placement_index"])
+def test_an_index_outside_makes_its_rewards_nan(generator: Generator, name: str) -> None:
+    """Nobody waits for a GPU, so nobody raises."""
+    arguments = chain(generator, 3, 4, 50, placement_index=torch.tensor([1, 0, 3]), placement="index")
+    expected = lk.shaped_rewards(**arguments)
+    wrong = arguments[name].clone()
+    wrong[1] = 10**6
+    got = lk.shaped_rewards(**(arguments | {name: wrong}))
+    assert got.rewards[1].isnan().all() and torch.equal(got.rewards[::2], expected.rewards[::2])
+    assert torch.equal(got.utility, expected.utility)
+    if name == "placement_index":
+        assert torch.equal(got.kl, expected.kl)

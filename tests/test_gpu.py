@@ -102,10 +102,13 @@ def test_one_launch_forward(kernels: str, rows: int, launches: Callable[[Callabl
     assert launches(lambda: lk.token_kl(policy, ref, actions)) == 1
 
 
-def test_shaped_rewards_is_one_launch(kernels: str, launches: Callable[[Callable[[], object]], int]) -> None:
+@pytest.mark.parametrize("formula", [None, "at_least(2, 0, ~1, 2)"])
+def test_shaped_rewards_is_one_launch(
+    kernels: str, formula: str | None, launches: Callable[[Callable[[], object]], int]
+) -> None:
     x = inputs(0)
-    names = ("hidden", "weight", "reference", "policy", "ref", "actions", "mask")
-    assert launches(lambda: lk.shaped_rewards(*(x[name] for name in names), beta=0.1)) == 1
+    arguments = [x[name] for name in ("hidden", "weight", "reference", "policy", "ref", "actions", "mask")]
+    assert launches(lambda: lk.shaped_rewards(*arguments, beta=0.1, formula=formula)) == 1
 
 
 @pytest.fixture

@@ -254,6 +254,15 @@ def test_formulas(backend: str, generator: Generator) -> None:
         lk.shaped_rewards(**inputs(generator), formula="3")
 
 
+def test_a_formula_of_as_many_properties_as_there_may_be(backend: str, generator: Generator) -> None:
+    some, more = ", ".join(map(str, range(12))), " | ".join(f"~{k}" for k in range(12, 22))
+    rest = "~(22 & 23 & 24) | weakest(25, 26, 27 ** 0.5, ~28) & 29 & 30 & 31"
+    arguments = inputs(generator, length=few(9), properties=32)
+    arguments |= {"formula": f"at_least(7, {some}) & ({more}) & {rest}"}
+    check(arguments)
+    check_gradients(arguments, generator)
+
+
 def test_missing_scores(backend: str, generator: Generator) -> None:
     arguments = inputs(generator) | {"hidden": None, "weight": None}
     scores = torch.randn(5, 3, generator=generator)

@@ -16,23 +16,13 @@ from typing import Any
 import pytest
 import torch
 from _cases import logit_pair, normal
+from _modes import TorchLaunches
 from torch import Generator, Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lsc_kernels as lk
 from lsc_kernels import triton
 
 pytestmark = pytest.mark.skipif(triton.unavailable("cpu") is not None, reason=str(triton.unavailable("cpu")))
-
-NO_LAUNCH = {
-    "aten.empty",
-    "aten.new_empty",
-    "aten.expand",
-    "aten.view",
-    "aten.unsqueeze",
-    "aten.detach",
-    "aten.alias",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +33,12 @@ def chosen() -> Iterator[None]:
     lk.set_backend(before)
 
 
-class Launches(TorchDispatchMode):
+class Launches(TorchLaunches):
     """The kernels that a GPU would be given: ours, and PyTorch's own."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, run: bool = True) -> None:
         super().__init__()
         self.ours: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-        self.torch: list[str] = []
         for module in triton.ops().values():
             if hasattr(module, "launch"):
                 monkeypatch.setattr(module, "launch", self._recorded(module.launch, run))
@@ -67,12 +56,6 @@ class Launches(TorchDispatchMode):
                     launch(kernel, grid, device, *arguments, **meta)
 
         return record
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).rsplit(".", 1)[0]
-        if name not in NO_LAUNCH and not name.startswith("lsc_kernels_triton"):
-            self.torch.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def chain(generator: Generator, batch: int, length: int, vocabulary: int, **changes: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@
 
 #include "cpu/aggregate_tensors.h"
 #include "cpu/head_tensors.h"
+#include "cpu/kernels/counted_tokens.h"
 #include "cpu/kernels/kl_from_logprobs.h"
 #include "cpu/reward_tensors.h"
 #include "cpu/token_tensors.h"
@@ -58,6 +59,20 @@ void over_tokens(int64_t batch, int64_t length, int64_t per_task, Sequences& seq
 
 constexpr int64_t kLogprobsPerTask = 2048;
 
+// [B, T] bool, or nothing where all tokens count.
+std::optional<Tensor> counted_of(const std::optional<Tensor>& mask, const std::optional<Tensor>& actions, Sizes sizes) {
+  if (!mask && !actions) return std::nullopt;
+  const Tensor counted = empty(sizes, torch::headeronly::ScalarType::Bool);
+  const MaskRows rows = mask_rows(mask);
+  const int64_t length = sizes[1], per_task = std::max<int64_t>(1, kTokensPerTask / std::max<int64_t>(1, length));
+  const bool are_int32 = actions && actions->scalar_type() == torch::headeronly::ScalarType::Int;
+  auto* read = LSC_DISPATCH_ISA(counted_tokens);
+  torch::stable::parallel_for(0, sizes[0], per_task, [&](int64_t begin, int64_t end) {
+    read(rows, data_or_null<void>(actions), are_int32, length, static_cast<bool*>(counted.data_ptr()), begin, end);
+  });
+  return counted;
+}
+
 }  // namespace
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
@@ -66,20 +81,20 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
     std::optional<Tensor> given_scores, std::optional<Tensor> reference_reward, double reference_number,
     std::optional<Tensor> scale, double scale_number, std::optional<Tensor> floor, double floor_number,
     std::optional<Tensor> weights, bool ignore_missing, ProgramNumbers program, Tensor policy, Tensor ref,
-    std::optional<Tensor> actions,
-    std::optional<Tensor> mask, std::optional<Tensor> old_logprobs, std::optional<Tensor> temperatures,
+    std::optional<Tensor> given_actions, std::optional<Tensor> mask, std::optional<Tensor> old_logprobs, std::optional<Tensor> temperatures,
     double temperature, int64_t kind, bool straight_through, double ratio_low, double ratio_high, double kl_low,
     double kl_high, std::optional<Tensor> index, std::optional<Tensor> dense_rewards, double beta, int64_t placement,
     double clip_low, double clip_high) {
   const int64_t sizes[2] = {policy.size(0), policy.size(1)};
   const Sizes per_token(sizes, 2), per_sequence(sizes, 1);
+  const auto actions = dense(given_actions), counted = counted_of(mask, actions, per_token);
 
   Tensor positions = nothing(), rows = nothing(), head_weight = nothing(), scores = nothing();
   std::optional<Tensor> head_bias;
   std::optional<HeadInputs> head;
   if (hidden) {
     positions = find_positions(*hidden, attention_mask, head_index, cu_seqlens, false);
-    rows = few_dimensions(*hidden), head_weight = dense(*weight), head_bias = dense(bias);
+    rows = few_dimensions(*hidden), head_weight = *dense_floats(weight), head_bias = dense_floats(bias);
     head = inputs_of(rows, head_weight, head_bias, positions, false);
     const int64_t score_sizes[2] = {positions.numel(), head->properties};
     scores = empty(Sizes(score_sizes, 2), kFloat);
@@ -87,14 +102,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
   const AggregateTensors aggregation(given_scores ? *given_scores : scores, reference_reward, reference_number, scale,
                                      scale_number, floor, floor_number, weights, ignore_missing, program);
   const Tensor utility = empty(per_sequence, kFloat), kl = empty(per_token, kFloat), rewards = empty(per_token, kFloat);
-  const RewardTensors placing(utility, kl, mask, index, dense_rewards, beta, placement, clip_low, clip_high);
+  const RewardTensors placing(utility, kl, counted, index, dense_rewards, beta, placement, clip_low, clip_high);
   Sequences sequences{head, aggregation, placing, floats(scores), floats(utility), floats(rewards)};
-  const auto old = dense(old_logprobs);
+  const auto old = dense_floats(old_logprobs);
   const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
 
   Tensor logprobs = nothing(), ref_logprobs = nothing(), entropy = nothing(), saved = nothing();
   if (actions) {
-    const TokenTensors tensors(policy, ref, *actions, mask, temperatures, temperature);
+    const TokenTensors tensors(policy, ref, *actions, counted, temperatures, temperature);
     tensors.check_actions();
     logprobs = empty(per_token, kFloat), ref_logprobs = empty(per_token, kFloat), entropy = empty(per_token, kFloat);
     saved = empty_saved(tensors.count);
@@ -109,8 +124,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
       });
     }
   } else {
-    const Tensor policy_logprobs = dense(policy), reference = dense(ref);
-    const auto counted = dense(mask);
+    const Tensor policy_logprobs = *dense_floats(policy), reference = *dense_floats(ref);
     auto* estimate = LSC_DISPATCH_ISA(kl_forward);
     over_tokens(sizes[0], sizes[1], kLogprobsPerTask, sequences, [&](int64_t begin, int64_t end) {
       estimate(floats(policy_logprobs), floats(reference), data_or_null<bool>(counted), options, floats(kl), begin, end);
@@ -124,8 +138,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
   m.def("shaped_rewards_forward(Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? attention_mask, Tensor? head_index,"
         " Tensor? cu_seqlens, Tensor? scores, Tensor? reference_reward, float reference_number, Tensor? scale,"
         " float scale_number, Tensor? floor, float floor_number, Tensor? weights, bool ignore_missing, int[]? program,"
-        " Tensor policy, Tensor ref, Tensor? actions, Tensor? mask, Tensor? old_logprobs, Tensor? temperatures, float temperature,"
-        " int kind, bool straight_through, float ratio_low, float ratio_high, float kl_low, float kl_high, Tensor? index,"
+        " Tensor policy, Tensor ref, Tensor? actions, Tensor? mask, Tensor? old_logprobs, Tensor? temperatures,"
+        " float temperature, int kind, bool straight_through, float ratio_low, float ratio_high, float kl_low, float kl_high, Tensor? index,"
         " Tensor? dense, float beta, int placement, float clip_low, float clip_high)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

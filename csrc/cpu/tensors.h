@@ -61,6 +61,13 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
 }
 
+// The same in float32, whatever the dtype given.
+inline std::optional<Tensor> dense_floats(const std::optional<Tensor>& tensor) {
+  constexpr auto wanted = torch::headeronly::ScalarType::Float;
+  if (!tensor) return std::nullopt;
+  return dense(tensor->scalar_type() == wanted ? *tensor : torch::stable::to(*tensor, wanted));
+}
+
 template <typename T>
 inline const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;

@@ -2,8 +2,8 @@
 // is not broadcast against it, writes one u per row; backward reads one upstream gradient per row too and writes the
 // gradients that are wanted. A formula is interpreted in double, with the values of its parts in the thread's own memory.
 #include "cpu/aggregate_tensors.h"
+#include "cuda/formula_rows.h"
 #include "cuda/transform_tensors.h"
-#include "math/formula.h"
 
 namespace lsc {
 namespace cuda {
@@ -20,28 +20,6 @@ struct AggregateBackward {
   DeviceGradients out;
   Program program;
 };
-
-LSC_DEVICE float score_at(const DeviceScores& in, int64_t row, int64_t column) {
-  return load_one(in.dtype, in.scores, row * in.columns + column);
-}
-
-LSC_DEVICE double centred_at(const DeviceScores& in, int64_t row, int64_t column) {
-  return (double(score_at(in, row, column)) - in.reference.at(row, column)) / in.scale.at(row, column);
-}
-
-// The properties that a program names, in its order. Returns how many.
-LSC_DEVICE int judge_row(const DeviceScores& in, const Program& program, int64_t row, Judged<double>* judged) {
-  int count = 0;
-  for (int i = 0; i < program.length; ++i) {
-    if (program.instructions[i].kind != Instruction::Kind::property) continue;
-    const int64_t column = program.instructions[i].operand;
-    const float score = score_at(in, row, column);
-    judged[count++] = in.ignore_missing && score != score
-                          ? certainly_good<double>()
-                          : judge(centred_at(in, row, column), in.floor.at(row, column), in.weights.at(row, column));
-  }
-  return count;
-}
 
 LSC_KERNEL(kElementThreads, 2) aggregate_forward(LSC_ARGUMENT AggregateForward a) {
   const int64_t row = block_index() * kElementThreads + thread_index();

@@ -29,7 +29,7 @@ struct LogprobBackward {
 LSC_KERNEL(kTokenThreads, 4) kl_forward(LSC_ARGUMENT LogprobForward a) {
   const int64_t i = block_index() * kTokenThreads + thread_index();
   if (i >= a.in.count) return;
-  a.kl[i] = a.in.mask && !a.in.mask[i] ? 0.0f : float(value_at(a.in.logprobs, a.in.ref_logprobs, a.in.kl, i).kl);
+  a.kl[i] = a.in.mask && !a.in.mask[i] ? 0.0f : float(value_at(a.in.logprobs[i], a.in.ref_logprobs[i], a.in.kl, i).kl);
 }
 
 LSC_KERNEL(kTokenThreads, 4) kl_backward(LSC_ARGUMENT LogprobBackward a) {
@@ -38,7 +38,7 @@ LSC_KERNEL(kTokenThreads, 4) kl_backward(LSC_ARGUMENT LogprobBackward a) {
   a.to_logprobs[i] = a.to_ref[i] = 0;
   const double upstream = a.grad[i];
   if ((a.in.mask && !a.in.mask[i]) || upstream == 0) return;
-  const KLValue<double> value = value_at(a.in.logprobs, a.in.ref_logprobs, a.in.kl, i);
+  const KLValue<double> value = value_at(a.in.logprobs[i], a.in.ref_logprobs[i], a.in.kl, i);
   a.to_logprobs[i] = float(upstream * (value.on_ratio + value.through_weight));
   a.to_ref[i] = float(-upstream * value.on_ratio);
 }

@@ -1,4 +1,4 @@
-// A mask of any dtype and any strides, on the device; and a block's search for the last position that counts.
+// Integers of either dtype and a mask of any dtype and strides, on the device; and a block's search for the last position that counts.
 #pragma once
 
 #include "cpu/kernels/mask_rows.h"
@@ -6,6 +6,10 @@
 
 namespace lsc {
 namespace LSC_ISA {
+
+LSC_DEVICE int64_t integer_at(const void* data, bool is_int32, int64_t i) {
+  return is_int32 ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
+}
 
 LSC_DEVICE bool is_counted(const MaskRows& mask, int64_t row, int64_t column) {
   if (!mask.data) return true;
@@ -26,22 +30,29 @@ struct LastCountedMemory {
   int64_t last[kWarp];
 };
 
-// Block of kBlockThreads: the last counted position before `end`, -1 if there is none.
+// Block of kBlockThreads: the last position before `end` for which counted(position), -1 if there is none. It looks from the
+// end, as far as it must.
+template <int kBlockThreads, typename Counted>
+LSC_DEVICE int64_t last_where(LastCountedMemory& memory, int64_t end, const Counted& counted) {
+  for (; end > 0; end -= kBlockThreads) {
+    const int64_t t = end - kBlockThreads + thread_index();
+    const uint32_t found = ballot(t >= 0 && counted(t));
+    const bool writes = found ? found >> lane_index() == 1 : lane_index() == 0;
+    sync_block();  // the last answer has been read
+    if (writes) memory.last[warp_index()] = found ? t : -1;
+    sync_block();
+    int64_t last = -1;
+    for (int w = 0; w < kBlockThreads / kWarp; ++w) last = last < memory.last[w] ? memory.last[w] : last;
+    if (last >= 0) return last;
+  }
+  return -1;
+}
+
+// The same of a mask's row.
 template <int kBlockThreads>
 LSC_DEVICE int64_t last_counted(LastCountedMemory& memory, const MaskRows& mask, int64_t row, int64_t end) {
   if (!mask.data) return end - 1;
-  int64_t last = -1;
-  for (int64_t t = thread_index(); t < end; t += kBlockThreads)
-    if (is_counted(mask, row, t)) last = t;
-  for (int step = kWarp / 2; step; step /= 2) {
-    const int64_t other = shuffle_xor(last, step);
-    last = last < other ? other : last;
-  }
-  sync_block();  // the last answer has been read
-  if (lane_index() == 0) memory.last[warp_index()] = last;
-  sync_block();
-  for (int w = 0; w < kBlockThreads / kWarp; ++w) last = last < memory.last[w] ? memory.last[w] : last;
-  return last;
+  return last_where<kBlockThreads>(memory, end, [&](int64_t t) { return is_counted(mask, row, t); });
 }
 
 }  // namespace LSC_ISA

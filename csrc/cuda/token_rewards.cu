@@ -3,32 +3,17 @@
 //
 // On a GPU an index outside [0, T) makes its sequence's rewards NaN, and gives utility no gradient but NaN.
 #include "cpu/reward_tensors.h"
-#include "cuda/mask.h"
+#include "cuda/placement.h"
 #include "cuda/tensors.h"
-#include "cuda/transform.h"
 
 namespace lsc {
 namespace cuda {
 
 constexpr int kSequenceThreads = 256;
-constexpr int64_t kNowhere = -1, kOutside = -2;
 
 // Block: where the utility goes.
-LSC_DEVICE int64_t position_of(LastCountedMemory& memory, const RewardInputs& in, int64_t row, int64_t last) {
-  if (last < 0) return kNowhere;
-  switch (in.placement) {
-    case Placement::last: break;
-    case Placement::eos_plus_one: return last + 1 < in.length ? last + 1 : in.length - 1;
-    case Placement::before_last: {
-      const int64_t before = last_counted<kSequenceThreads>(memory, in.mask, row, last);
-      return before < 0 ? last : before;
-    }
-    case Placement::index: {
-      const int64_t index = in.index_is_int32 ? static_cast<const int32_t*>(in.index)[row] : static_cast<const int64_t*>(in.index)[row];
-      return index < 0 || index >= in.length ? kOutside : index;
-    }
-  }
-  return last;
+LSC_DEVICE int64_t place_in(LastCountedMemory& memory, const RewardInputs& in, int64_t row) {
+  return place_of<kSequenceThreads>(memory, in, row, [&](int64_t t) { return is_counted(in.mask, row, t); });
 }
 
 struct RewardsForward {
@@ -45,20 +30,9 @@ struct RewardsBackward {
 LSC_KERNEL(kSequenceThreads, 4) token_rewards_forward(LSC_ARGUMENT RewardsForward a) {
   LastCountedMemory& memory = block_memory<LastCountedMemory>();
   const RewardInputs& in = a.in;
-  const int64_t row = block_index(), last = last_counted<kSequenceThreads>(memory, in.mask, row, in.length), place = position_of(memory, in, row, last);
+  const int64_t row = block_index(), place = place_in(memory, in, row);
   for (int64_t t = thread_index(); t < in.length; t += kSequenceThreads) {
-    const int64_t at = row * in.length + t;
-    double reward = 0;
-    if (is_counted(in.mask, row, t)) {
-      if (in.dense.data) reward = load_one(in.dense.dtype, in.dense.data, at);
-      // beta 0 keeps even a NaN KL out
-      if (in.beta != 0) reward -= in.beta * double(load_one(in.kl.dtype, in.kl.data, at));
-    }
-    if (t == place) {
-      const double utility = load_one(in.utility.dtype, in.utility.data, row);
-      reward += utility < in.clip_low ? in.clip_low : utility > in.clip_high ? in.clip_high : utility;
-    }
-    a.rewards[at] = place == kOutside ? NAN : float(reward);
+    a.rewards[row * in.length + t] = reward_at(in, row, t, is_counted(in.mask, row, t), place);
   }
 }
 
@@ -68,7 +42,7 @@ LSC_KERNEL(kSequenceThreads, 4) token_rewards_backward(LSC_ARGUMENT RewardsBackw
   const int64_t row = block_index();
   const float* upstream = a.grad + row * in.length;
   if (a.out.utility) {
-    const int64_t last = last_counted<kSequenceThreads>(memory, in.mask, row, in.length), place = position_of(memory, in, row, last);
+    const int64_t place = place_in(memory, in, row);
     if (thread_index() == 0) {
       const float utility = load_one(in.utility.dtype, in.utility.data, row);
       const bool clipped = utility < in.clip_low || utility > in.clip_high;

@@ -120,16 +120,17 @@ LSC_COLD void finish_row(const TokenForward& a, int64_t row, const PairRow& pair
   write_row(a.rows, row, pair, x, y, a.options(), a.out);
 }
 
-// Block `part` of a row's: its outputs, where this is the block that writes them, which is then true.
+// Block `part` of a row's: its outputs, where this is the block that writes them, which is then true. Nothing of a row that
+// is not counted is read.
 template <typename T, Reading kReading>
-LSC_DEVICE bool token_row(ReaderMemory& memory, const TokenForward& a, int64_t row, int part) {
+LSC_DEVICE bool token_row(ReaderMemory& memory, const TokenForward& a, int64_t row, int part, bool counts) {
   constexpr bool kPair = kReading != Reading::alone, kReverse = kReading == Reading::pair_reversed;
   const TokenRows& rows = a.rows;
   const int64_t V = rows.vocabulary, action = action_at(rows, row);
   const bool outside = action < 0 || action >= V;
-  if (!counted(rows, row) || outside) {
+  if (!counts || outside) {
     if (part == 0 && thread_index() == 0) {
-      if (counted(rows, row)) {
+      if (counts) {
         write_undefined(row, a.out);
       } else {
         write_nothing(row, a.out);
@@ -193,7 +194,8 @@ constexpr int kBlocksAtOnce = std::is_same_v<T, Mixed> ? 2 : 3;
 template <typename T, Reading kReading>
 LSC_KERNEL(kThreads, kBlocksAtOnce<T>) token_forward(LSC_ARGUMENT TokenForward a) {
   ReaderMemory& memory = block_memory<ReaderMemory>();
-  token_row<T, kReading>(memory, a, block_index() / a.blocks_per_row, int(block_index() % a.blocks_per_row));
+  const int64_t row = block_index() / a.blocks_per_row;
+  token_row<T, kReading>(memory, a, row, int(block_index() % a.blocks_per_row), counted(a.rows, row));
 }
 
 // The coefficients of a row's columns, in the units that the loop works in.

@@ -11,9 +11,8 @@ LSC_FN inline KLOptions options_of(const KLArguments& a) {
   return {Kind(a.kind), a.straight_through, a.ratio_low, a.ratio_high, a.kl_low, a.kl_high};
 }
 
-// Element i of kl_from_logprobs.
-LSC_FN inline KLValue<double> value_at(const float* logprobs, const float* ref_logprobs, const KLArguments& a, int64_t i) {
-  const double logprob = logprobs[i], ref_logprob = ref_logprobs[i];
+// Element i of kl_from_logprobs, from its log-probabilities.
+LSC_FN inline KLValue<double> value_at(double logprob, double ref_logprob, const KLArguments& a, int64_t i) {
   // equal log-probabilities give 0, also where both are -inf
   const double d = logprob == ref_logprob ? 0 : logprob - ref_logprob;
   const double log_weight = a.old_logprobs ? logprob - a.old_logprobs[i] : 0;

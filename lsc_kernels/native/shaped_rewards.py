@@ -1,4 +1,8 @@
-"""shaped_rewards through the compiled kernels: one parallel region forward, its parts' kernels backward."""
+"""shaped_rewards through the compiled kernels: one parallel region on the CPU, one launch on CUDA; backward through its
+parts' kernels.
+
+What the op reads in its one pass goes to it as it is: a conversion here would be a pass, or a launch, of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
-from lsc_kernels.eager.shaped_rewards import Outputs, PolicySide, RewardSide, with_counted
+from lsc_kernels.eager.shaped_rewards import Outputs, PolicySide, RewardSide
 from lsc_kernels.eager.token_rewards import RewardOptions
 from lsc_kernels.native import aggregate_rewards, kl_from_logprobs, reward_head, token_kl, token_rewards
 from lsc_kernels.native.kl_from_logprobs import arguments, float_or_none
@@ -23,16 +27,12 @@ def forward(
     reward: RewardSide, policy: PolicySide, kl_options: KLOptions, reward_options: RewardOptions
 ) -> Outputs:
     beta, placement, low, high = reward_options
-    policy = with_counted(policy)
-    from_logits = policy.actions is not None
     outputs = Outputs(
         *_ops.shaped_rewards_forward(
-            *(reward.hidden, float_or_none(reward.weight), float_or_none(reward.bias)),
-            *(reward.attention_mask, reward.head_index, reward.cu_seqlens, reward.scores),
+            *reward[:7],
             *(*operand(reward.reference_reward), *operand(reward.scale), *operand(reward.floor)),
             *(float_or_none(reward.weights), reward.ignore_missing, reward.program),
-            *(policy.policy, policy.ref) if from_logits else (policy.policy.float(), policy.ref.float()),
-            *(policy.actions, policy.mask, float_or_none(policy.old_logprobs)),
+            *(policy.policy, policy.ref, policy.actions, policy.mask, policy.old_logprobs),
             *split_temperature(policy.temperature),
             *arguments(kl_options),
             *(policy.place, policy.dense, beta, PLACEMENTS.index(placement), low, high),

@@ -1,0 +1,12 @@
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/kernels/mask_rows.h"
+
+namespace lsc {
+
+LSC_DECLARE_KERNELS(
+    // Sequences [begin, end) of `length` tokens: whether the mask, and the action where `actions` is not null, leaves each in.
+    void counted_tokens(const MaskRows&, const void* actions, bool actions_are_int32, int64_t length, bool* counted, int64_t begin, int64_t end);)
+
+}  // namespace lsc
