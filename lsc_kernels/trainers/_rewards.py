@@ -17,6 +17,10 @@ ByName = Mapping[str, Any]
 OPTIONS = ("properties", "reference_reward", "formula", "weights", "scale", "floor", "missing")
 
 
+class GroupScalingWarning(UserWarning):
+    """A trainer divides by the spread within each group, which undoes the LSC transform."""
+
+
 class PropertyRewards:
     r"""The log-probability that an output is good, from the scores of its properties by name.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lsc_kernels.ops.token_rewards import token_rewards
 from lsc_kernels.trainers import verl as adapter
-from lsc_kernels.trainers._rewards import PropertyRewards
+from lsc_kernels.trainers._rewards import GroupScalingWarning, PropertyRewards
 from lsc_kernels.trainers._versions import require
 
 try:
@@ -61,6 +61,7 @@ class LSCRewardManager(NaiveRewardManager):
         options = config.reward.get("reward_kwargs", {}).get("lsc", None)
         plain = OmegaConf.to_container(options, resolve=True) if OmegaConf.is_config(options) else options
         self.rewards = PropertyRewards.from_options(plain, WHERE)
+        _warn_of_scaling(config.get("algorithm", {}))
         super().__init__(
             config, tokenizer, _named(compute_score), reward_router_address, reward_model_tokenizer
         )
@@ -89,6 +90,18 @@ class LSCRewardManager(NaiveRewardManager):
             torch.zeros(mask.shape, device=mask.device),
             mask,
             beta=0.0,
+        )
+
+
+def _warn_of_scaling(algorithm: Any) -> None:
+    estimator = algorithm.get("adv_estimator", None)
+    by_std = estimator in ("grpo", "grpo_vectorized") and algorithm.get("norm_adv_by_std_in_grpo", True)
+    if by_std or estimator == "lsc_grpo":
+        warnings.warn(
+            f"algorithm.adv_estimator={estimator} divides by the spread within a group, which undoes the LSC "
+            "transform; set algorithm.norm_adv_by_std_in_grpo=False, or take lsc_dr_grpo_batch or lsc_rloo",
+            GroupScalingWarning,
+            stacklevel=3,
         )
 
 

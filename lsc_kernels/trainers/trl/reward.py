@@ -17,6 +17,7 @@ from lsc_kernels.formula import Formula, compile_formula
 from lsc_kernels.ops.aggregate_rewards import MISSING, aggregate_rewards
 from lsc_kernels.ops.lsc_transform import lsc_transform
 from lsc_kernels.reference import ReferenceTable, leave_one_out_quantile, quantile_reference
+from lsc_kernels.trainers._rewards import GroupScalingWarning
 from lsc_kernels.trainers.trl import known
 from lsc_kernels.trainers.trl.sources import Columns, awaited, reward_source
 
@@ -58,10 +59,6 @@ class Scored(NamedTuple):
     scores: Tensor
     reference_reward: Tensor
     utility: Tensor
-
-
-class GroupScalingWarning(UserWarning):
-    """A trainer divides by the spread within each group, which undoes the LSC transform."""
 
 
 class LSCReward:
