@@ -1,21 +1,18 @@
 """OpenRLHF: presets and adapter against its own modules. Runs in an environment of scripts/trainer_environment.sh.
 
-OpenRLHF does not install on a machine without CUDA: its wheel lies there without what it depends on, for which mocks
-stand in while its modules are imported. The functions that are compared are plain PyTorch.
+The functions that are compared are plain PyTorch.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
 from importlib.metadata import version
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
+import _openrlhf
 import pytest
 import torch
 from torch import Generator, Tensor
@@ -28,60 +25,12 @@ needs_openrlhf = pytest.mark.skipif(
     importlib.util.find_spec("openrlhf") is None,
     reason="OpenRLHF is not here; scripts/trainer_environment.sh has it",
 )
-MISSING = (
-    "bitsandbytes",
-    "deepspeed",
-    "flash_attn",
-    "liger_kernel",
-    "optimum",
-    "pylatexenc",
-    "vllm",
-    "wandb",
-)
-UTILS = "openrlhf.models.utils"
-MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
-ACTOR = "openrlhf.trainer.ray.ppo_actor"
-
-
-class Mocks:
-    """Finds a mock for each module of a package that is not installed."""
-
-    def __init__(self) -> None:
-        self.packages = [name for name in MISSING if importlib.util.find_spec(name) is None]
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name.partition(".")[0] not in self.packages:
-            return None
-        return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
-
-    def create_module(self, spec: ModuleSpec) -> Any:
-        mock = MagicMock(name=spec.name)
-        mock.__path__, mock.__spec__, mock.__name__ = [], spec, spec.name
-        return mock
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
+UTILS, MAKER, ACTOR = _openrlhf.UTILS, _openrlhf.MAKER, _openrlhf.ACTOR
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Iterator[SimpleNamespace]:
-    mocks = Mocks()
-    sys.meta_path.append(mocks)  # type: ignore[arg-type]
-    try:
-        utils, maker, actor = (importlib.import_module(name) for name in (UTILS, MAKER, ACTOR))
-    finally:
-        sys.meta_path.remove(mocks)  # type: ignore[arg-type]
-        for name in [name for name in sys.modules if name.partition(".")[0] in mocks.packages]:
-            del sys.modules[name]
-    yield SimpleNamespace(
-        utils=utils,
-        maker=maker,
-        actor=actor,
-        kl=utils.compute_approx_kl,
-        reward=utils.compute_reward,
-        gae=maker.RemoteExperienceMaker.get_advantages_and_returns,
-        returns=maker.RemoteExperienceMaker.get_cumulative_returns,
-    )
+def theirs() -> SimpleNamespace:
+    return _openrlhf.load()
 
 
 def value_and_gradient(function: Any, logp: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
