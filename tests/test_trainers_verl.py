@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -20,16 +22,19 @@ from torch import Generator, Tensor
 import lsc_kernels as lk
 from lsc_kernels.reference import ReferenceTable
 from lsc_kernels.trainers import verl as adapter
+from lsc_kernels.trainers._rewards import GroupScalingWarning
 
 pytest.importorskip("verl", reason="verl is not installed here; scripts/trainer_environment.sh has it")
 
 import numpy as np  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
 from transfer_queue import KVBatchMeta  # noqa: E402
 from verl import DataProto  # noqa: E402
 from verl.experimental.reward_loop.reward_manager import NaiveRewardManager  # noqa: E402
 from verl.trainer.ppo import core_algos, ray_trainer  # noqa: E402
+from verl.trainer.ppo.reward import load_reward_manager  # noqa: E402
 from verl.trainer.ppo.v1 import PPOTrainerSync, trainer_base  # noqa: E402
 
 from lsc_kernels.trainers import _verl_plugin as plugin  # noqa: E402
@@ -393,6 +398,47 @@ def test_the_reward_s_token(generator: Generator) -> None:
     assert theirs[2, 3] == pytest.approx(scores[2]) and not ours[2].any()
     kept = [0, 1, 3]
     assert torch.equal(ours[kept], theirs[kept])
+
+
+def documented_overrides() -> list[str]:
+    """Those of the complete command in docs/trainers-verl.md."""
+    page = (ROOT / "docs" / "trainers-verl.md").read_text(encoding="utf-8")
+    command = page.partition("$ python -m verl.trainer.main_ppo")[2].partition("```")[0]
+    return shlex.split(command.replace("\\\n", " "))
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="only in the repository")
+def test_the_documented_command(tmp_path: Path) -> None:
+    """Its overrides in verl's own configuration choose manager and trainer, and score with such a file."""
+    folder = Path(ray_trainer.__file__).parents[1] / "config"
+    with initialize_config_dir(str(folder), version_base=None):
+        config = compose("ppo_trainer", overrides=documented_overrides())
+    scores = tmp_path / "my_rewards.py"
+    scores.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info, **others):\n"
+        '    return {"helpful": 2.5, "harmless": 1.0}\n'
+    )
+    config.reward.custom_reward_function.path = str(scores)
+    made = load_reward_manager(config, Tokenizer())
+    assert type(made) is plugin.LSCRewardManager
+    wanted = lk.aggregate_rewards(torch.tensor([2.5, 1.0]), torch.tensor([1.2, 0.3])).item()
+    assert scored(made, row())["reward_score"] == pytest.approx(wanted)
+    assert trainer_base.get_trainer_cls(config.trainer.v1.trainer_mode) is plugin.LSCTrainerSync
+    assert config.algorithm.kl_ctrl.kl_coef == 0.05 and config.algorithm.adv_estimator == "gae"
+
+
+@pytest.mark.parametrize(
+    "estimator, by_std, warns", [("grpo", True, 1), ("grpo", False, 0), ("lsc_rloo", True, 0)]
+)
+def test_scaling_by_the_group_is_told(estimator: str, by_std: bool, warns: int) -> None:
+    config = {
+        "reward": {"reward_kwargs": {"lsc": {"properties": ["helpful"], "reference_reward": 0.0}}},
+        "algorithm": {"adv_estimator": estimator, "norm_adv_by_std_in_grpo": by_std},
+    }
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", GroupScalingWarning)
+        plugin.LSCRewardManager(OmegaConf.create(config), Tokenizer(), compute_score)
+    assert sum(issubclass(each.category, GroupScalingWarning) for each in told) == warns
 
 
 # ---- the trainers -------------------------------------------------------------------------------------
