@@ -36,6 +36,7 @@ elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """For `-n auto --dist loadgroup`: an op's cases go to whoever is free, other files stay whole.
 

@@ -110,6 +110,9 @@ def weighted_kl(
     low, high = kl_clamp or (-torch.inf, torch.inf)
     ratio_low, ratio_high = log_ratio_clamp or (-torch.inf, torch.inf)
     clamped = (value < low) | (value > high) | (d < ratio_low) | (d > ratio_high)
+    if d.requires_grad:
+        # the estimator's slope may be inf, and inf times no gradient is NaN
+        d.register_hook(lambda gradient: torch.where(clamped, 0.0, gradient))
     result = value.clamp(low, high)
     weight = torch.ones_like(d) if old_logprobs is None else (logprobs - old_logprobs.double()).exp()
     result = result * weight

@@ -14,6 +14,7 @@ from _formulas import DIGITS, formulas, gradient, utility
 from _modes import compile_once, needs_native
 from _reward_side import (
     DTYPES,
+    SMALLEST,
     check_against_fp64,
     instruction_set,
     instruction_sets,
@@ -410,7 +411,7 @@ def test_weakest_takes_the_smallest_and_of_equals_the_first(backend: str) -> Non
     value, (to_scores,) = with_gradients(
         lambda r: lk.aggregate_rewards(r, 0.0, formula=lk.weakest(0, 1, 2)), torch.ones(4), [scores]
     )
-    torch.testing.assert_close(value, lk.lsc_transform(scores, 0.0).amin(-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(value, lk.lsc_transform(scores, 0.0).amin(-1), rtol=1e-6, atol=SMALLEST)
     assert to_scores is not None
     assert [row.nonzero().flatten().tolist() for row in to_scores] == [[1], [0], [0], [1]]
     certain = lk.aggregate_rewards(torch.tensor([900.0, 800.0]), 0.0, formula="~weakest(0, 1)")
