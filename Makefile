@@ -19,10 +19,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := pyproject.toml $(wildcard backend/*) $(shell find csrc)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format install torch clean
+.PHONY: help demo test bench bench-trainers lint format install torch clean
 
 help:
-	@echo "make demo | test | bench | lint | format | clean"
+	@echo "make demo | test | bench | bench-trainers | lint | format | clean"
 	@echo "  test takes PYTEST_ARGS='-k token_kl', demo DEMO_ARGS, bench BENCH_ARGS"
 	@echo "  any of them VENV=dir, PYTHON=python3.12, TORCH=torch==2.11.0"
 
@@ -36,6 +36,12 @@ bench: install
 	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.accuracy
+
+# verl and OpenRLHF are in an environment of their own.
+bench-trainers: install
+	scripts/trainer_environment.sh .venv-trainers $(BIN)/python
+	.venv-trainers/bin/python -m pytest benchmarks/bench_trainers_ppo.py --bench-name trainers-ppo $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.report
 
 lint: install
 	$(BIN)/ruff check .
