@@ -170,13 +170,16 @@ def launch_everything(dtype: torch.dtype, kinds: tuple[str, ...]) -> None:
     launch_advantages(modules, rows.to(dtype), rows, mask)
 
     reward = RewardSide(hidden, weight, bias, mask, None, None, None, weights, 1.0, 0.0, None, False, None)
+    logical = reward._replace(weights=weights, program=formula[-1])
     three = logits.view(batch, length, vocabulary)
     for reads in (True, False):
         modules["token_kl"].SPLIT_BELOW = 1 if reads else 512
         policy = PolicySide(three, three, actions.view(batch, length), mask, None, 1.0, None, None)
-        modules["shaped_rewards"].forward(reward, policy, sampled, placing)
+        for side in (reward, logical):
+            modules["shaped_rewards"].forward(side, policy, sampled, placing)
     policy = PolicySide(rows.to(dtype), rows, None, mask, None, 1.0, None, None)
-    modules["shaped_rewards"].forward(reward, policy, sampled, placing)
+    for side in (reward, logical):
+        modules["shaped_rewards"].forward(side, policy, sampled, placing)
 
 
 def launch_advantages(modules: dict[str, Any], values: Tensor, rows: Tensor, mask: Tensor) -> None:

@@ -58,6 +58,9 @@ class Launches(TorchLaunches):
         return record
 
 
+BACKWARD_LAUNCHES = {("policy",): [2, 3], ("hidden", "weight", "policy"): [5, 3]}
+
+
 def chain(generator: Generator, batch: int, length: int, vocabulary: int, **changes: Any) -> dict[str, Any]:
     policy, ref = logit_pair(generator, "near_1e-1", (batch, length, vocabulary))
     return {
@@ -73,16 +76,32 @@ def chain(generator: Generator, batch: int, length: int, vocabulary: int, **chan
     } | changes
 
 
+@pytest.mark.parametrize("formula", [None, "at_least(2, 0, ~1, 2)"])
 @pytest.mark.parametrize("placement", ["last", "eos_plus_one", "before_last"])
 def test_shaped_rewards_is_one_launch(
-    generator: Generator, monkeypatch: pytest.MonkeyPatch, placement: str
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, placement: str, formula: str | None
 ) -> None:
-    arguments = chain(generator, 2, 3, 50, attention_mask=torch.ones(2, 3), placement=placement)
+    options = {"placement": placement, "formula": formula}
+    arguments = chain(generator, 2, 3, 50, attention_mask=torch.ones(2, 3), **options)
+    if formula is not None:
+        lk.shaped_rewards(**arguments)  # a program is copied to its device at its first use
     with Launches(monkeypatch) as launches:
         out = lk.shaped_rewards(**arguments)
     assert len(launches.ours) == 1 and launches.torch == []
     lk.set_backend("eager")
     assert torch.allclose(out.rewards, lk.shaped_rewards(**arguments).rewards, rtol=1e-5, atol=1e-6)
+
+
+def test_launches_of_shaped_rewards_backward(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Placement and token rows, and what leaves a token out; with the reward side the aggregation and the head too."""
+    arguments = chain(generator, 2, 3, 50)
+    for wanted, launches in BACKWARD_LAUNCHES.items():
+        leaves = {name: arguments[name].detach().requires_grad_() for name in wanted}
+        rewards = lk.shaped_rewards(**(arguments | leaves)).rewards
+        upstream = torch.ones_like(rewards)
+        with monkeypatch.context() as patch, Launches(patch) as recorded:
+            torch.autograd.grad(rewards, list(leaves.values()), upstream)
+        assert [len(recorded.ours), len(recorded.torch)] == launches, recorded.torch
 
 
 def test_the_policy_side_is_one_launch_each_way(

@@ -36,19 +36,22 @@ _DATA = ("program", "grad", "scores", "reference", "scale", "floor", "weights", 
 
 
 @triton.jit
-def _evaluated(
-    program, length, scores, score_row, score_column, reference, scale, floor, weight, row,
-    IGNORE_MISSING: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """One row of scores: where its properties are, how each is judged, and the values of all instructions."""
+def instructions(program, length, SLOTS: tl.constexpr):
+    """Of each slot: its number, its property's column, whether it is a property, and whose part it is."""
     slot = tl.arange(0, SLOTS)
     known = slot < length
     kind = tl.load(program + slot * NUMBERS, mask=known, other=-1)
     column = tl.load(program + slot * NUMBERS + 1, mask=known, other=0)
     parent = tl.load(program + slot * NUMBERS + 3, mask=known, other=-1)
-    inside = kind == PROPERTY
-    offset = row * score_row + column.to(tl.int64) * score_column
-    score = tl.load(scores + offset, mask=inside, other=0.0).to(tl.float64)
+    return slot, column, kind == PROPERTY, parent
+
+
+@triton.jit
+def evaluated(
+    program, length, score, slot, column, inside, parent, reference, scale, floor, weight, row,
+    IGNORE_MISSING: tl.constexpr,
+):  # fmt: skip
+    """From a row's scores, in the slots of their properties: how each is judged, and the values of all slots."""
     divisor = operand_at(scale, row, column, inside)
     z = (score - operand_at(reference, row, column, inside)) / divisor
     judged = judge(
@@ -59,7 +62,13 @@ def _evaluated(
     if IGNORE_MISSING:
         judged = ignored(score != score, judged)
     values = evaluate(program, length, judged.weighted.good, judged.weighted.bad, slot, parent)
-    return slot, column, inside, parent, z, divisor, judged, values
+    return z, divisor, judged, values
+
+
+@triton.jit
+def result(values, slot, length):
+    """log p of the formula: of its last instruction."""
+    return tl.sum(tl.where(slot == length - 1, values.good, 0.0), 0)
 
 
 @triton.jit(
@@ -76,17 +85,19 @@ def _kernel(
 ):  # fmt: skip
     """Forward where ``utilities`` is given, else backward into gradients that are 0 where no property is."""
     row = tl.program_id(0).to(tl.int64)
-    slot, column, inside, parent, z, divisor, judged, values = _evaluated(
-        program, length, scores, score_row, score_column,
+    slot, column, inside, parent = instructions(program, length, SLOTS)
+    offset = row * score_row + column.to(tl.int64) * score_column
+    score = tl.load(scores + offset, mask=inside, other=0.0).to(tl.float64)
+    z, divisor, judged, values = evaluated(
+        program, length, score, slot, column, inside, parent,
         Operand(reference, reference_row, reference_column, reference_number),
         Operand(scale, scale_row, scale_column, scale_number),
         Operand(floor, floor_row, floor_column, floor_number),
         Operand(weights, weight_row, weight_column, weight_number),
-        row, IGNORE_MISSING, SLOTS,
+        row, IGNORE_MISSING,
     )  # fmt: skip
     if utilities is not None:
-        utility = tl.sum(tl.where(slot == length - 1, values.good, 0.0), 0)
-        tl.store(utilities + row, utility.to(tl.float32))
+        tl.store(utilities + row, result(values, slot, length).to(tl.float32))
     else:
         upstream = tl.load(grad + row * grad_stride).to(tl.float64)
         slopes = differentiate(program, length, values.good, values.bad, slot, parent)
@@ -101,6 +112,11 @@ def _kernel(
             tl.store(to_weights + index, to_weight.to(tl.float32), mask=inside)
 
 
+def slots(program: Tensor) -> int:
+    """Of the vectors that hold a program's values."""
+    return triton.next_power_of_2(program.shape[0])
+
+
 def run(
     grad: Tensor | None,
     scores: Tensor,
@@ -113,10 +129,10 @@ def run(
     for gradient in outputs[1:]:
         if gradient is not None:
             gradient.zero_()
-    own, instructions = rows_and_columns(scores), program_on(tuple(program), scores.device)
+    own, formula = rows_and_columns(scores), program_on(tuple(program), scores.device)
     given = (None, 1) if grad is None else (grad.contiguous(), 1)
     spread = (each for value in operands for each in operand(value, scores.shape))
     launch(
-        _kernel, (own.shape[0],), scores.device, instructions, instructions.shape[0], *given, own, *own.stride(),
-        *spread, *outputs, own.shape[1], ignore_missing, SLOTS=triton.next_power_of_2(instructions.shape[0]),
+        _kernel, (own.shape[0],), scores.device, formula, formula.shape[0], *given, own, *own.stride(),
+        *spread, *outputs, own.shape[1], ignore_missing, SLOTS=slots(formula),
     )  # fmt: skip

@@ -2,11 +2,12 @@
 
 Design constraint: no program waits for another. Program (sequence, token) makes its row state and KL, finds from the
 end of the sequence's mask where the utility goes, and writes its own reward. The one whose place that is also does the
-sequence's K dot products, centring, log-sigmoid and aggregation; where there is no such place, the first token's does.
+sequence's K dot products, centring, log-sigmoid and aggregation, with a formula too; where there is no such place, the
+first token's does.
 
 Bytes: each counted logit once, a part of the sequence's mask for each of its tokens (from the second-level cache), K
 rows of weights and one of hidden per sequence. Few rows of a long vocabulary are read by several programs each, in a
-launch of their own before; so are the scores and the utilities of a formula.
+launch of their own before: see :data:`~lsc_kernels.triton.token_kl.SPLIT_BELOW`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from lsc_kernels.eager.token_logprobs import check_actions, counted
 from lsc_kernels.eager.token_rewards import RewardOptions, check_index
 from lsc_kernels.triton import aggregate_rewards, kl_from_logprobs, reward_head, token_kl, token_rewards
 from lsc_kernels.triton._launch import block, dense, launch, operator
+from lsc_kernels.triton.aggregate_formula import evaluated, instructions, result, slots
 from lsc_kernels.triton.aggregate_rewards import judged, weighed
+from lsc_kernels.triton.formula import program_on
 from lsc_kernels.triton.kl import KINDS, clamp
 from lsc_kernels.triton.kl_from_logprobs import evaluate_logprobs
 from lsc_kernels.triton.log_sigmoid import Operand
@@ -57,11 +60,11 @@ _REWARD_NUMBERS = (
     "hidden_outer", "hidden_inner", "hidden_column", "hidden_length", "head_mask_row", "head_mask_step",
     "head_index_stride", "segment_stride", "weight_row", "weight_column", "bias_stride", "score_row", "score_column",
     "reference_row", "reference_column", "scale_row", "scale_column", "floor_row", "floor_column", "exponent_row",
-    "exponent_column", "given_stride", "place_stride", "dense_row", "dense_step", "length",
+    "exponent_column", "program_length", "place_stride", "dense_row", "dense_step", "length",
 )  # fmt: skip
 _REWARD_DATA = (
     "hidden", "head_mask", "head_index", "segments", "weight", "bias", "scores", "reference", "scale", "floor",
-    "exponents", "given", "place_index", "dense", "utilities", "new_scores", "rewards", "mask", "actions",
+    "exponents", "program", "place_index", "dense", "utilities", "new_scores", "rewards", "mask", "actions",
     "old_logprobs", "kl",
 )  # fmt: skip
 _LOGIT_NUMBERS = (
@@ -76,36 +79,41 @@ def _utility(
     hidden, hidden_outer, hidden_inner, hidden_column, hidden_length, width,
     head_mask, head_mask_row, head_mask_step, head_index, head_index_stride, segments, segment_stride,
     weight, weight_row, weight_column, bias, bias_stride, scores, score_row, score_column,
-    reference, scale, floor, exponent, given, given_stride, new_scores, properties,
+    reference, scale, floor, exponent, program, program_length, new_scores, properties,
     POOL: tl.constexpr, IGNORE_MISSING: tl.constexpr, HAS_FLOOR: tl.constexpr,
-    WEIGHTS: tl.constexpr, WIDTH: tl.constexpr,
+    WEIGHTS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """A sequence's utility, rounded to fp32, from its hidden state, its scores, or ``given``. Writes its scores."""
-    if given is not None:
-        return tl.load(given + sequence * given_stride).to(tl.float64)
-    else:
-        total = tl.full((), 0.0, tl.float64)
-        for first in range(0, properties, WEIGHTS):
-            property_ = (first + tl.arange(0, WEIGHTS)).to(tl.int64)
-            known = property_ < properties
-            if hidden is None:
-                score = tl.load(
-                    scores + sequence * score_row + property_ * score_column, mask=known, other=0.0
-                ).to(tl.float32)
-            else:
-                outer, inner = scored_position(
-                    sequence, head_mask, head_mask_row, head_mask_step, head_index, head_index_stride, segments,
-                    segment_stride, hidden_length, POOL,
+    """A sequence's utility, rounded to fp32, from its scores, or its hidden state, whose scores are then written."""
+    total = tl.full((), 0.0, tl.float64)
+    if program is not None:
+        slot, column, inside, parent = instructions(program, program_length, SLOTS)
+        named = tl.zeros([SLOTS], tl.float32)
+    for first in range(0, properties, WEIGHTS):
+        property_ = (first + tl.arange(0, WEIGHTS)).to(tl.int64)
+        known = property_ < properties
+        if hidden is None:
+            score = tl.load(
+                scores + sequence * score_row + property_ * score_column, mask=known, other=0.0
+            ).to(tl.float32)
+        else:
+            outer, inner = scored_position(
+                sequence, head_mask, head_mask_row, head_mask_step, head_index, head_index_stride, segments,
+                segment_stride, hidden_length, POOL,
+            )  # fmt: skip
+            exact = tl.full([WEIGHTS], NAN, tl.float64)
+            if inner >= 0:
+                row = hidden + outer * hidden_outer + inner * hidden_inner
+                exact = dot_products(
+                    row, hidden_column, width, weight, weight_row, weight_column, bias, bias_stride, property_,
+                    known, WIDTH,
                 )  # fmt: skip
-                exact = tl.full([WEIGHTS], NAN, tl.float64)
-                if inner >= 0:
-                    row = hidden + outer * hidden_outer + inner * hidden_inner
-                    exact = dot_products(
-                        row, hidden_column, width, weight, weight_row, weight_column, bias, bias_stride, property_,
-                        known, WIDTH,
-                    )  # fmt: skip
-                score = exact.to(tl.float32)
-                tl.store(new_scores + sequence * properties + property_, score, mask=known)
+            score = exact.to(tl.float32)
+            tl.store(new_scores + sequence * properties + property_, score, mask=known)
+        if program is not None:
+            # to the slots of their properties, without a way through memory that the program would have to wait for
+            own = inside[:, None] & (column[:, None] == property_[None, :])
+            named += tl.sum(tl.where(own, score[None, :], 0.0), 1)
+        else:
             _, value, _, own_exponent, _ = judged(
                 score,
                 reference,
@@ -119,7 +127,13 @@ def _utility(
                 HAS_FLOOR,
             )
             total += tl.sum(weighed(value, own_exponent, known), 0)
-        return total.to(tl.float32).to(tl.float64)
+    if program is not None:
+        _, _, _, values = evaluated(
+            program, program_length, named.to(tl.float64), slot, column, inside, parent,
+            reference, scale, floor, exponent, sequence, IGNORE_MISSING,
+        )  # fmt: skip
+        total = result(values, slot, program_length)
+    return total.to(tl.float32).to(tl.float64)
 
 
 @triton.jit(
@@ -136,7 +150,7 @@ def _logits_kernel(
     scale, scale_row: tl.int64, scale_column: tl.int64, scale_number: tl.float64,
     floor, floor_row: tl.int64, floor_column: tl.int64, floor_number: tl.float64,
     exponents, exponent_row: tl.int64, exponent_column: tl.int64, exponent_number: tl.float64,
-    given, given_stride: tl.int64, properties,
+    program, program_length, properties,
     place_index, place_stride: tl.int64, dense, dense_row: tl.int64, dense_step: tl.int64,
     beta: tl.float64, clip_low: tl.float64, clip_high: tl.float64, utilities, new_scores, rewards,
     mask, actions, old_logprobs, length: tl.int64,
@@ -148,7 +162,7 @@ def _logits_kernel(
     KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, READS: tl.constexpr,
     POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     POOL: tl.constexpr, IGNORE_MISSING: tl.constexpr, HAS_FLOOR: tl.constexpr, PLACEMENT: tl.constexpr,
-    HAS_KL: tl.constexpr, WEIGHTS: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_KL: tl.constexpr, WEIGHTS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     sequence, position = row, row * 0  # a batch of empty sequences has a program for each of them
@@ -191,7 +205,7 @@ def _logits_kernel(
             Operand(scale, scale_row, scale_column, scale_number),
             Operand(floor, floor_row, floor_column, floor_number),
             Operand(exponents, exponent_row, exponent_column, exponent_number),
-            given, given_stride, new_scores, properties, POOL, IGNORE_MISSING, HAS_FLOOR, WEIGHTS, WIDTH,
+            program, program_length, new_scores, properties, POOL, IGNORE_MISSING, HAS_FLOOR, WEIGHTS, WIDTH, SLOTS,
         )  # fmt: skip
         tl.store(utilities + sequence, utility.to(tl.float32))
         value = tl.where(position == place, value + clamp(utility, clip_low, clip_high), value)
@@ -213,7 +227,7 @@ def _logprobs_kernel(
     scale, scale_row: tl.int64, scale_column: tl.int64, scale_number: tl.float64,
     floor, floor_row: tl.int64, floor_column: tl.int64, floor_number: tl.float64,
     exponents, exponent_row: tl.int64, exponent_column: tl.int64, exponent_number: tl.float64,
-    given, given_stride: tl.int64, properties,
+    program, program_length, properties,
     place_index, place_stride: tl.int64, dense, dense_row: tl.int64, dense_step: tl.int64,
     beta: tl.float64, clip_low: tl.float64, clip_high: tl.float64, utilities, new_scores, rewards,
     mask, actions, old_logprobs, length: tl.int64,
@@ -221,14 +235,32 @@ def _logprobs_kernel(
     ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64,
     KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, BLOCK: tl.constexpr,
     POOL: tl.constexpr, IGNORE_MISSING: tl.constexpr, HAS_FLOOR: tl.constexpr, PLACEMENT: tl.constexpr,
-    HAS_KL: tl.constexpr, WEIGHTS: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_KL: tl.constexpr, WEIGHTS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, block of positions): the same from log-probabilities."""
     sequence = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1).to(tl.int64) * BLOCK
+    own_mask = mask if mask is None else mask + sequence * length
+    own_index = place_index if place_index is None else tl.load(place_index + sequence * place_stride)
+    place = placed(own_mask, 1, actions, own_index, length, PLACEMENT)
+    # before the tokens, whose registers it would otherwise have to leave alone
+    addition = tl.full((), 0.0, tl.float64)
+    if ((place >= first) & (place < first + BLOCK)) | ((first == 0) & (place < 0)):
+        utility = _utility(
+            sequence, hidden, hidden_outer, hidden_inner, hidden_column, hidden_length, width,
+            head_mask, head_mask_row, head_mask_step, head_index, head_index_stride, segments, segment_stride,
+            weight, weight_row, weight_column, bias, bias_stride, scores, score_row, score_column,
+            Operand(reference, reference_row, reference_column, reference_number),
+            Operand(scale, scale_row, scale_column, scale_number),
+            Operand(floor, floor_row, floor_column, floor_number),
+            Operand(exponents, exponent_row, exponent_column, exponent_number),
+            program, program_length, new_scores, properties, POOL, IGNORE_MISSING, HAS_FLOOR, WEIGHTS, WIDTH, SLOTS,
+        )  # fmt: skip
+        tl.store(utilities + sequence, utility.to(tl.float32))
+        addition = clamp(utility, clip_low, clip_high)
+
     position = first + tl.arange(0, BLOCK)
     inside = position < length
-    own_mask = mask if mask is None else mask + sequence * length
     counted = counted_at(own_mask, 1, actions, position, inside)
     x = tl.load(policy + sequence * policy_row + position * policy_step, mask=counted, other=0.0).to(
         tl.float64
@@ -242,26 +274,11 @@ def _logprobs_kernel(
     )
     own_kl = tl.where(counted, token.kl, 0.0).to(tl.float32)
     tl.store(kl + sequence * length + position, own_kl, mask=inside)
-
-    own_index = place_index if place_index is None else tl.load(place_index + sequence * place_stride)
-    place = placed(own_mask, 1, actions, own_index, length, PLACEMENT)
     own_dense = own_kl
     if dense is not None:
         own_dense = tl.load(dense + sequence * dense_row + position * dense_step, mask=counted, other=0.0)
     value = per_token(own_kl, dense if dense is None else own_dense, counted, beta, HAS_KL)
-    if ((place >= first) & (place < first + BLOCK)) | ((first == 0) & (place < 0)):
-        utility = _utility(
-            sequence, hidden, hidden_outer, hidden_inner, hidden_column, hidden_length, width,
-            head_mask, head_mask_row, head_mask_step, head_index, head_index_stride, segments, segment_stride,
-            weight, weight_row, weight_column, bias, bias_stride, scores, score_row, score_column,
-            Operand(reference, reference_row, reference_column, reference_number),
-            Operand(scale, scale_row, scale_column, scale_number),
-            Operand(floor, floor_row, floor_column, floor_number),
-            Operand(exponents, exponent_row, exponent_column, exponent_number),
-            given, given_stride, new_scores, properties, POOL, IGNORE_MISSING, HAS_FLOOR, WEIGHTS, WIDTH,
-        )  # fmt: skip
-        tl.store(utilities + sequence, utility.to(tl.float32))
-        value = tl.where(position == place, value + clamp(utility, clip_low, clip_high), value)
+    value = tl.where(position == place, value + addition, value)
     value = tl.where(place == OUTSIDE, NAN, value)
     tl.store(rewards + sequence * length + position, value.to(tl.float32), mask=inside)
 
@@ -316,7 +333,7 @@ def _check_ids(policy: Tensor, actions: Tensor | None, mask: Tensor | None, plac
 @operator(
     "shaped_rewards_forward(Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? attention_mask, Tensor? head_index,"
     " Tensor? cu_seqlens, Tensor? scores, Tensor? reference, float reference_number, Tensor? scale, float scale_number,"
-    " Tensor? floor, float floor_number, Tensor? weights, Tensor? given, Tensor policy, Tensor ref, Tensor? actions,"
+    " Tensor? floor, float floor_number, Tensor? weights, int[]? program, Tensor policy, Tensor ref, Tensor? actions,"
     " Tensor? mask, Tensor? old_logprobs, Tensor? temperatures, float temperature, Tensor? place, Tensor? dense,"
     " bool ignore_missing, int kind, bool straight_through, float ratio_low, float ratio_high, float kl_low,"
     " float kl_high, float beta, int placement, float clip_low, float clip_high)"
@@ -326,7 +343,8 @@ def _check_ids(policy: Tensor, actions: Tensor | None, mask: Tensor | None, plac
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, bias, head_mask, head_index, segments, scores = arguments[:7]
     operands = *(joined(*arguments[i : i + 2]) for i in range(7, 13, 2)), arguments[13]
-    given, policy, ref, actions, mask, old, temperatures, temperature, place, dense_rewards = arguments[14:24]
+    program, policy, ref, actions, mask, old = arguments[14:20]
+    temperatures, temperature, place, dense_rewards = arguments[20:24]
     ignore_missing, kind, straight_through = arguments[24:27]
     limits, (beta, placement, *clip) = arguments[27:31], arguments[31:]
     out = _new_outputs(*arguments)
@@ -335,18 +353,21 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     if hidden is not None:
         check_positions(hidden, head_index, segments)
     own_mask, own_actions = dense(mask), dense(actions)
+    formula = None if program is None else program_on(tuple(program), policy.device)
     if policy.is_cpu:
         _check_ids(policy, actions, mask, place)
     common = (
         *_head(hidden, weight, bias, head_mask, head_index, segments), *two_strides(scores),
         *(each for value in operands for each in operand(value, torch.Size((batch, properties)))),
-        *one_stride(given), properties, *one_stride(place), *two_strides(dense_rewards), beta, *clip,
+        formula, 0 if formula is None else formula.shape[0], properties,
+        *one_stride(place), *two_strides(dense_rewards), beta, *clip,
         out.utility, out.scores, out.rewards, own_mask, own_actions, dense(old), length,
     )  # fmt: skip
     constants = {
         "POOL": pooling(head_mask, head_index, segments, False), "IGNORE_MISSING": ignore_missing,
         "HAS_FLOOR": has_floor(operands[2]), "PLACEMENT": placement, "HAS_KL": beta != 0.0, "WIDTH": WIDTH,
         "WEIGHTS": reward_head.tile(properties)["WEIGHTS"], "KIND": kind, "STRAIGHT_THROUGH": straight_through,
+        "SLOTS": 1 if formula is None else slots(formula),
     }  # fmt: skip
     if actions is None:
         launch(
@@ -372,24 +393,11 @@ _ops = torch.ops.lsc_kernels_triton
 def forward(
     reward: RewardSide, policy: PolicySide, kl_options: KLOptions, reward_options: RewardOptions
 ) -> Outputs:
-    given, scores = None, None
-    if reward.program is not None:
-        scores = reward.scores
-        if scores is None:
-            assert reward.hidden is not None and reward.weight is not None
-            scores = reward_head.forward(reward.hidden, reward.weight, *reward[2:6], every=False)
-        given = aggregate_rewards.forward(scores, *reward[7:])
-        reward = reward._replace(hidden=None, weight=None, scores=scores)
     outputs = Outputs(
         *_ops.shaped_rewards_forward(
             *(reward.hidden, reward.weight, *reward[2:7]),
-            *(
-                *split(reward.reference_reward),
-                *split(reward.scale),
-                *split(reward.floor),
-                reward.weights,
-                given,
-            ),
+            *(*split(reward.reference_reward), *split(reward.scale), *split(reward.floor)),
+            *(reward.weights, reward.program),
             *(policy.policy, policy.ref, policy.actions, policy.mask, policy.old_logprobs),
             *(*split_temperature(policy.temperature), policy.place, policy.dense, reward.ignore_missing),
             *(*kl_from_logprobs.arguments(kl_options), *token_rewards.arguments(reward_options)),

@@ -17,7 +17,12 @@ from lsc_kernels.triton.row_state import CHUNK
 from lsc_kernels.triton.token_rows import SAVED, backward_kernel, forward_kernel, read_chunks_kernel
 
 SPLIT_BELOW = 512
-"""Rows: with fewer, a program per row leaves multiprocessors idle (an H200 holds about 4 programs on each of 132)."""
+"""Rows: with fewer, a program per row leaves multiprocessors idle (an H200 holds about 4 programs on each of 132).
+
+A launch of a program per chunk then comes before that of a program per row. One launch would need to know which
+program of a row comes last, by a counter in memory that is 0 before: PyTorch sets it to 0 with a launch of its own,
+and one that the last program sets back for the next launch would be shared by streams and graphs that run together.
+"""
 
 
 class Tiles(NamedTuple):
