@@ -283,7 +283,7 @@ def _top(x):
 
 @triton.jit
 def _total(x):
-    return tl.sum(tl.sum(x, 0), 0).to(tl.float64)
+    return tl.sum(tl.sum(x, 0).to(tl.float64), 0)
 
 
 @triton.jit
