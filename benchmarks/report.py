@@ -109,7 +109,8 @@ that the forward pass must read, in the same rounds. Errors are the worst of the
 in a forward row of the op's first output, relative to its mean size; in the others of the gradient,
 relative to its largest element. MB is what torch's allocator handed out at its peak, inputs not
 counted. Rows that begin with *TRL*, *verl* or *OpenRLHF* have that package's own functions as *eager*, TRL's called in
-its real trainer where a trainer calls them. Logits have standard deviation 3; the *near* reference is the policy plus noise of 0.1, the
+its real trainer where a trainer calls them.
+Logits have standard deviation 3; the *near* reference is the policy plus noise of 0.1, the
 *independent* one has nothing in common with it.
 """
 
