@@ -104,7 +104,7 @@ def _cuda_emulated(request: pytest.FixtureRequest) -> Iterator[str]:
     if missing := native.unavailable("cpu"):
         pytest.skip(missing)
     op = request.path.stem.removeprefix("test_")
-    if f"{op}_forward" not in _emulated.ops():
+    if f"{native.KERNEL_OF.get(op, op)}_forward" not in _emulated.ops():
         pytest.skip(f"{op} has no CUDA kernel yet")
     before = lk.get_backend()
     with _emulated.serving():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from _cases import logit_pair, normal, sampled_actions
 from _modes import TorchLaunches
+from _sequences import packed_gae
 from torch import Generator, Tensor
 
 import lsc_kernels as lk
@@ -174,3 +175,32 @@ def test_an_index_outside_makes_its_rewards_nan(generator: Generator, name: str)
     assert torch.equal(got.utility, expected.utility)
     if name == "placement_index":
         assert torch.equal(got.kl, expected.kl)
+
+
+@pytest.mark.parametrize("holes", ["skip", "zero", "cut"])
+def test_a_sequence_is_the_same_bits_however_many_blocks_share_it(generator: Generator, holes: str) -> None:
+    both, check_last = packed_gae(generator, [5000, 0, 1, 2048, 6001], holes)
+    # with 0 multiprocessors a block takes a sequence, with 40 a tile
+    alone = None
+    for multiprocessors, launches, seed in ((0, 2, 0), (40, 4, 0), (0, 2, 1), (40, 4, 2)):
+        before = _emulated.launches()
+        with _emulated.schedule(seed=seed, multiprocessors=multiprocessors):
+            got = both()
+        assert _emulated.launches() - before == launches
+        alone = alone or got
+        assert all(torch.equal(a, b) for a, b in zip(alone, got, strict=True))
+    check_last(got)
+
+
+def test_groups_and_moments_do_not_depend_on_the_order_of_threads_and_blocks(generator: Generator) -> None:
+    utility, ids = torch.randn(300, 2, generator=generator), torch.randint(20, (300,), generator=generator)
+    x = torch.randn(9, 1001, generator=generator)
+    expected = None
+    for seed in range(3):
+        with _emulated.schedule(seed=seed):
+            leaves = utility.clone().requires_grad_(), x.clone().requires_grad_()
+            outputs = lk.group_advantages(leaves[0], ids, method="gdpo"), lk.masked_whiten(leaves[1], x > -1)
+            gradients = torch.autograd.grad([each.square().sum() for each in outputs], leaves)
+        got = [*outputs, *gradients]
+        expected = expected or got
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))

@@ -179,6 +179,8 @@ dist.destroy_process_group()
 
 
 def test_two_processes(backend: str, generator: Generator, tmp_path: Path) -> None:
+    if "cuda" in backend:
+        pytest.skip("the processes have CPU tensors")
     program = tmp_path / "process.py"
     program.write_text(textwrap.dedent(PROCESS))
     seed = str(int(torch.randint(2**31, (), generator=generator)))

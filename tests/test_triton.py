@@ -17,6 +17,7 @@ import pytest
 import torch
 from _cases import logit_pair, normal
 from _modes import TorchLaunches
+from _sequences import packed_gae
 from torch import Generator, Tensor
 
 import lsc_kernels as lk
@@ -147,36 +148,16 @@ def test_a_sequence_is_the_same_bits_however_many_programs_share_it(
     generator: Generator, monkeypatch: pytest.MonkeyPatch, holes: str
 ) -> None:
     monkeypatch.setattr(triton.ops()["gae"], "TILES", 2)  # a chunk is 1024 positions
-    lengths = [2500, 0, 1, 1024, 3000]
-    mask = torch.rand(sum(lengths), generator=generator) < 0.7
-    mask[1500:2500] = False  # the last counted position is in another chunk
-    values, upstream = torch.randn(2, sum(lengths), generator=generator)
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-
-    def both(rewards: Tensor, part: slice, bounds: Tensor) -> list[Tensor]:
-        rewards = rewards[part].clone().requires_grad_()
-        leaves = [
-            rewards,
-            values[part].clone().requires_grad_(),
-            torch.ones(len(bounds) - 1).requires_grad_(),
-        ]
-        results = lk.gae(*leaves[:2], mask[part], bootstrap=leaves[2], holes=holes, cu_seqlens=bounds)
-        gradients = torch.autograd.grad(results, leaves, [upstream[part]] * 2)
-        return [*(each.detach() for each in results), *gradients]
-
-    rewards = torch.randn(sum(lengths), generator=generator)
+    both, check_last = packed_gae(generator, [2500, 0, 1, 1024, 3000], holes)
     with Launches(monkeypatch) as launches:
-        shared = both(rewards, slice(None), bounds)
+        shared = both()
     assert len(launches.ours) == 4
     monkeypatch.setattr(triton.ops()["gae"], "SPLIT_BELOW", 0)
     with Launches(monkeypatch) as launches:
-        alone = both(rewards, slice(None), bounds)
+        alone = both()
     assert len(launches.ours) == 2
     assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))
-    last = slice(-3000, None)
-    by_itself = both(rewards, last, torch.tensor([0, 3000]))
-    assert all(torch.equal(a[last], b) for a, b in zip(alone[:4], by_itself[:4], strict=True))
-    assert torch.equal(alone[4][4:], by_itself[4])
+    check_last(alone)
 
 
 def specialization(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, ...]:

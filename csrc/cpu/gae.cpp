@@ -27,9 +27,7 @@ struct Sequences {
     }
     bounds = segment_bounds(*cu_seqlens, tokens, "the tokens of rewards");
     count = int64_t(bounds.size()) - 1;
-    MaskRows packed{nullptr, MaskType::bits8, 0, 0};
-    if (mask) packed = {mask->data_ptr(), mask_type(mask->scalar_type(), mask->element_size()), mask->stride(0), mask->stride(0)};
-    kernel = {bounds.data(), 0, packed};
+    kernel = {bounds.data(), 0, packed_mask(mask)};
   }
 
   template <typename Range>

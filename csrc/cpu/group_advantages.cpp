@@ -2,19 +2,14 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 
 #include "cpu/segments.h"
+#include "math/group_spread.h"
 
 namespace lsc {
 
 namespace {
-
-struct GroupRules {
-  bool scaled, leave_one_out;
-  double eps;
-};
 
 // The members of each group, one group after another, each in the order of the batch.
 struct Groups {
@@ -49,47 +44,36 @@ struct Column {
   double& operator[](int64_t row) const { return values[row * stride]; }
 };
 
-struct Spread {
-  double mean, deviation, factor, divisor;  // A = factor (u - mean) / divisor; a factor of 0: none has an advantage
-
-  Spread(const Column& utility, const int64_t* members, int64_t n, const GroupRules& rules) {
-    double sum = 0, squares = 0;
-    for (int64_t i = 0; i < n; ++i) sum += utility[members[i]];
-    mean = sum / double(n);
-    for (int64_t i = 0; i < n; ++i) squares += (utility[members[i]] - mean) * (utility[members[i]] - mean);
-    deviation = n > 1 ? std::sqrt(squares / double(n - 1)) : 0;
-    divisor = rules.scaled ? deviation + rules.eps : 1;
-    factor = n == 1 || divisor == 0 ? 0 : rules.leave_one_out ? double(n) / double(n - 1) : 1;
-  }
-};
+Spread spread_of(const Column& utility, const int64_t* members, int64_t n, const GroupRules& rules) {
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < n; ++i) sum += utility[members[i]];
+  const double mean = sum / double(n);
+  for (int64_t i = 0; i < n; ++i) squares += (utility[members[i]] - mean) * (utility[members[i]] - mean);
+  return {double(n), mean, squares, rules};
+}
 
 // In place: utilities become advantages.
 void score(const Column& column, const Groups& groups, const GroupRules& rules) {
   groups.for_each([&](const int64_t* members, int64_t n) {
-    const Spread spread(column, members, n, rules);
-    for (int64_t i = 0; i < n; ++i) {
-      double& value = column[members[i]];
-      value = spread.factor == 0 ? 0.0 : spread.factor * (value - spread.mean) / spread.divisor;
-    }
+    const Spread spread = spread_of(column, members, n, rules);
+    for (int64_t i = 0; i < n; ++i) column[members[i]] = spread.advantage(column[members[i]]);
   });
 }
 
 // In place: the gradient to the advantages becomes that to the utilities.
 void score_backward(const Column& grad, const Column& utility, const Groups& groups, const GroupRules& rules) {
   groups.for_each([&](const int64_t* members, int64_t n) {
-    const Spread spread(utility, members, n, rules);
+    const Spread spread = spread_of(utility, members, n, rules);
     double sum = 0, along = 0;
     for (int64_t i = 0; i < n; ++i) {
       const double g = grad[members[i]];
       sum += g;
       along += g * (utility[members[i]] - spread.mean);
     }
-    const bool through_deviation = rules.scaled && spread.deviation != 0;
-    const double slope = through_deviation ? along / (double(n - 1) * spread.deviation * spread.divisor) : 0;
+    const double slope = spread.slope(along);
     for (int64_t i = 0; i < n; ++i) {
       double& g = grad[members[i]];
-      const double centred = through_deviation ? slope * (utility[members[i]] - spread.mean) : 0;
-      g = spread.factor == 0 ? 0.0 : spread.factor / spread.divisor * (g - sum / double(n) - centred);
+      g = spread.gradient(g, utility[members[i]], sum / double(n), slope);
     }
   });
 }

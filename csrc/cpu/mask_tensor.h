@@ -29,4 +29,16 @@ inline MaskRows mask_rows(const std::optional<Tensor>& mask) {
   return {mask->data_ptr(), mask_type(mask->scalar_type(), mask->element_size()), mask->stride(0), mask->stride(1)};
 }
 
+// Contiguous, of any shape, as one row.
+inline MaskRows flat_mask(const std::optional<Tensor>& mask) {
+  if (!mask) return mask_rows(mask);
+  return {mask->data_ptr(), mask_type(mask->scalar_type(), mask->element_size()), 0, 1};
+}
+
+// [N] of packed sequences, or nothing: the row is a sequence's first token, and its stride that of a column.
+inline MaskRows packed_mask(const std::optional<Tensor>& mask) {
+  if (!mask) return mask_rows(mask);
+  return {mask->data_ptr(), mask_type(mask->scalar_type(), mask->element_size()), mask->stride(0), mask->stride(0)};
+}
+
 }  // namespace lsc

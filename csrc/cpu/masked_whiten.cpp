@@ -3,10 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "cpu/kernels/masked_whiten.h"
 #include "cpu/mask_tensor.h"
+#include "math/whitening.h"
 
 namespace lsc {
 
@@ -21,8 +21,7 @@ struct Elements {
 
   Elements(const Tensor& given, const std::optional<Tensor>& given_mask) : x(dense(given)), mask(dense(given_mask)) {
     kernel.x = typed(x);
-    kernel.mask = mask ? MaskRows{mask->data_ptr(), mask_type(mask->scalar_type(), mask->element_size()), 0, 1}
-                       : MaskRows{nullptr, MaskType::bits8, 0, 0};
+    kernel.mask = flat_mask(mask);
   }
 
   // Blocks that do not depend on the number of threads; their results come in order.
@@ -59,12 +58,6 @@ Tensor doubles(std::initializer_list<double> values) {
   return tensor;
 }
 
-// 1 / sqrt(variance + eps); 0 where that is infinite.
-double scale_of(const Moments& moments, double eps, int64_t correction) {
-  const double degrees = moments.count - double(correction), variance = degrees > 0 ? moments.m2 / degrees : 0;
-  return variance + eps == 0 ? 0 : 1 / std::sqrt(variance + eps);
-}
-
 }  // namespace
 
 static Tensor moments(Tensor x, std::optional<Tensor> mask) {
@@ -78,7 +71,7 @@ static Tensor forward(Tensor x, std::optional<Tensor> mask, Tensor given_moments
   const Elements elements(x, mask);
   const Tensor held = dense(given_moments);
   const Moments all = moments_in(held);
-  const Whitening rule{all.mean, scale_of(all, eps, correction), shift_mean ? 0 : all.mean};
+  const Whitening rule = whitening_of(all, shift_mean, eps, correction);
   const Tensor out = empty_large(elements.x.sizes(), torch::headeronly::ScalarType::Float);
   auto* kernel = LSC_DISPATCH_ISA(whiten_forward);
   torch::stable::parallel_for(0, elements.x.numel(), kPerBlock, [&](int64_t begin, int64_t end) {
@@ -104,12 +97,8 @@ static Tensor backward(
     int64_t correction) {
   const Elements elements(x, mask);
   const Tensor upstream = dense(grad), held = dense(given_moments), held_sums = dense(given_sums);
-  const Moments all = moments_in(held);
   const auto* total = static_cast<const double*>(held_sums.data_ptr());
-  const double scale = scale_of(all, eps, correction), degrees = all.count - double(correction);
-  const double mean_grad = all.count > 0 ? total[0] / all.count : 0;
-  const WhiteningGradient rule{
-      all.mean, scale, degrees > 0 ? -scale * scale * scale * total[1] / degrees : 0, (shift_mean ? 0 : mean_grad) - scale * mean_grad};
+  const WhiteningGradient rule = whitening_gradient_of(moments_in(held), {total[0], total[1]}, shift_mean, eps, correction);
   const Tensor out = empty_large(elements.x.sizes(), elements.x.scalar_type());
   auto* kernel = LSC_DISPATCH_ISA(whiten_backward);
   torch::stable::parallel_for(0, elements.x.numel(), kPerBlock, [&](int64_t begin, int64_t end) {

@@ -52,22 +52,6 @@ LSC_DEVICE Pair pair_at(const Pairs& in, int64_t at) {
   return {z, fabsf(z) < 1e3f ? float(d - double(z)) : 0.0f, chosen + rejected};
 }
 
-struct BlockSum {
-  double of_thread[kElementThreads];
-};
-
-// The sum over the block, in every thread.
-LSC_DEVICE double block_sum(double value) {
-  BlockSum& memory = block_memory<BlockSum>();
-  memory.of_thread[thread_index()] = value;
-  sync_block();
-  for (unsigned half = kElementThreads / 2; half > 0; half /= 2) {
-    if (thread_index() < half) memory.of_thread[thread_index()] += memory.of_thread[thread_index() + half];
-    sync_block();
-  }
-  return memory.of_thread[0];
-}
-
 LSC_KERNEL(kElementThreads, 1) pair_losses(LSC_ARGUMENT PairLosses a) {
   double sum = 0;
   for (int i = 0; i < kPairsPerThread; ++i) {
@@ -80,14 +64,14 @@ LSC_KERNEL(kElementThreads, 1) pair_losses(LSC_ARGUMENT PairLosses a) {
     sum += loss;
   }
   if (!a.sums) return;
-  sum = block_sum(sum);
+  sum = block_sum(block_memory<BlockSum<kElementThreads>>(), sum);
   if (thread_index() == 0) a.sums[block_index()] = sum;
 }
 
 LSC_KERNEL(kElementThreads, 1) sum_of_sums(LSC_ARGUMENT SumOfSums a) {
   double sum = 0;
   for (int64_t at = thread_index(); at < a.count; at += kElementThreads) sum += a.sums[at];
-  sum = block_sum(sum);
+  sum = block_sum(block_memory<BlockSum<kElementThreads>>(), sum);
   if (thread_index() == 0) *a.total = float(sum * a.factor);
 }
 

@@ -220,5 +220,21 @@ LSC_DEVICE Real warp_sums4(Real (&values)[4]) {
   return sum + shuffle_xor(sum, 1);
 }
 
+// Block of kThreads: the sum over its threads, which all of them get, always added in the same order.
+template <int kThreads>
+struct BlockSum {
+  double of_warp[kThreads / kWarp];
+};
+template <int kThreads>
+LSC_DEVICE double block_sum(BlockSum<kThreads>& memory, double value) {
+  for (int mask = kWarp / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
+  sync_block();  // the last sum has been read
+  if (lane_index() == 0) memory.of_warp[warp_index()] = value;
+  sync_block();
+  double sum = 0;
+  for (double each : memory.of_warp) sum += each;
+  return sum;
+}
+
 }  // namespace LSC_ISA
 }  // namespace lsc

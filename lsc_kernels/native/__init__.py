@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Final
 
 import torch
 
@@ -13,6 +14,9 @@ MISCONFIGURED: str | None = None
 """Why LSC_KERNELS_CPU cannot be followed: the first use of the library says it."""
 
 OPS: dict[str, ModuleType] = {}
+
+KERNEL_OF: Final = {"discounted_returns": "gae"}
+"""Whose kernels serve an op that has none of its own name."""
 
 
 def unavailable(device_type: str) -> str | None:
@@ -49,7 +53,7 @@ def ops(device_type: str) -> dict[str, ModuleType]:
     key, registered = device_type.upper(), set(torch._C._dispatch_get_all_op_names())
 
     def has_kernel(op: str) -> bool:
-        name = f"lsc_kernels::{op}_forward"
+        name = f"lsc_kernels::{KERNEL_OF.get(op, op)}_forward"
         return name in registered and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
     return {op: module for op, module in OPS.items() if has_kernel(op)}

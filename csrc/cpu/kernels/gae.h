@@ -3,11 +3,9 @@
 #include "cpu/isa.h"
 #include "cpu/kernels/mask_rows.h"
 #include "cpu/kernels/rows.h"
+#include "math/holes.h"
 
 namespace lsc {
-
-// In the order of HOLES in eager/gae.py.
-enum class Holes : int64_t { skip, zero, cut };
 
 // Sequences one after the other: those of [B, T], or packed ones.
 struct SequenceRows {

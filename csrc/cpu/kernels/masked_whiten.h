@@ -3,6 +3,7 @@
 #include "cpu/isa.h"
 #include "cpu/kernels/mask_rows.h"
 #include "cpu/kernels/rows.h"
+#include "math/moments.h"
 
 namespace lsc {
 
@@ -10,23 +11,6 @@ namespace lsc {
 struct WhitenInputs {
   TypedData x;
   MaskRows mask;
-};
-
-struct Moments {
-  double count, mean, m2;  // m2: the sum of squares about the mean
-};
-
-// Of the upstream gradient g: its sum, and that of g (x - mean).
-struct GradientSums {
-  double sum, along;
-};
-
-// y = scale (x - mean) + shift, and the gradient to x: of_grad g + of_centred (x - mean) + constant.
-struct Whitening {
-  double mean, scale, shift;
-};
-struct WhiteningGradient {
-  double mean, of_grad, of_centred, constant;
 };
 
 LSC_DECLARE_KERNELS(
