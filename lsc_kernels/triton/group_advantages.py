@@ -164,7 +164,8 @@ class _Chain:
         return (table if self.weights is None else table * self.weights).sum(-1)
 
 
-_ARGUMENTS = "Tensor utility, Tensor group, Tensor? weights, bool scaled, bool leave_one_out, bool over_batch, float eps"
+_OPTIONS = "bool scaled, bool leave_one_out, bool over_batch, float eps"
+_ARGUMENTS = f"Tensor utility, Tensor group, Tensor? weights, {_OPTIONS}"
 
 
 @operator(
