@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import _tolerances as tolerances
@@ -226,6 +227,17 @@ def test_gradient_only_where_asked(backend: str, generator: Generator) -> None:
         )
         lk.kl_from_logprobs(x, y, old_logprobs=torch.zeros(9, requires_grad=True)).sum().backward()
         assert (x.grad is not None, y.grad is not None) == wants
+
+
+def test_weighted_k3_keeps_its_slope_far_below_the_reference(backend: str) -> None:
+    """d (w (exp(-d) - 1 + d)) / d log pi = w d, of which the two parts are as large as exp(-d)."""
+    d = torch.tensor([-1e-3, -5.0, -30.0, -60.0, -200.0, 3.0])
+    logprobs = torch.full((6,), -250.0).requires_grad_()
+    lk.kl_from_logprobs(
+        logprobs, logprobs.detach() - d, kl="k3", old_logprobs=logprobs.detach() - 0.5
+    ).sum().backward()
+    exact = (logprobs.detach().double() - (logprobs.detach() - d).double()) * math.exp(0.5)
+    torch.testing.assert_close(logprobs.grad.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_agrees_with_token_kl(backend: str, generator: Generator) -> None:

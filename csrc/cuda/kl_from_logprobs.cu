@@ -39,7 +39,7 @@ LSC_KERNEL(kTokenThreads, 4) kl_backward(LSC_ARGUMENT LogprobBackward a) {
   const double upstream = a.grad[i];
   if ((a.in.mask && !a.in.mask[i]) || upstream == 0) return;
   const KLValue<double> value = value_at(a.in.logprobs[i], a.in.ref_logprobs[i], a.in.kl, i);
-  a.to_logprobs[i] = float(upstream * (value.on_ratio + value.through_weight));
+  a.to_logprobs[i] = float(upstream * value.on_logprob);
   a.to_ref[i] = float(-upstream * value.on_ratio);
 }
 

@@ -21,11 +21,11 @@ struct KLOptions {
   LSC_FN bool divergence() const { return kind == Kind::full || kind == Kind::full_reverse; }
 };
 
-// The value, and the factors of the upstream gradient on the way to d, to the divergence, and through the weight to
-// log pi(a). All are 0 where the element is clamped.
+// The value, and the factors of the upstream gradient on the way to d, to the divergence, and to log pi(a): through d and
+// through the weight. All are 0 where the element is clamped.
 template <typename Real>
 struct KLValue {
-  Real kl, on_ratio, on_divergence, through_weight;
+  Real kl, on_ratio, on_divergence, on_logprob;
 };
 
 template <typename Real>
@@ -62,7 +62,11 @@ LSC_FN inline KLValue<Real> evaluate_kl(Real d, Real divergence, const Real* log
   const Real weight = log_weight ? std::exp(*log_weight) : Real(1);
   const Real kl = clamp(value, Real(options.kl_low), Real(options.kl_high)) * weight;
   if (!inside) return {kl, 0, 0, 0};
-  return {kl, sampled ? weight * slope : 0, sampled ? 0 : weight, log_weight ? kl : 0};
+  const Real on_ratio = sampled ? weight * slope : 0;
+  Real on_logprob = log_weight ? on_ratio + kl : on_ratio;
+  // slope and value, which for a negative d are huge and cancel
+  if (log_weight && options.kind == Kind::k3 && !options.straight_through) on_logprob = weight * ratio;
+  return {kl, on_ratio, sampled ? 0 : weight, on_logprob};
 }
 
 }  // namespace LSC_ISA

@@ -157,7 +157,7 @@ LSC_FN inline Coefficients coefficients(const TokenRows& rows, int64_t row, cons
     const KLValue<double> value = evaluate_kl<double>(
         saved_double(saved + kLogRatio), saved[kDivergence], kl->old_logprobs ? &log_weight : nullptr, options_of(*kl));
     const double to_kl = upstream(grads.kl);
-    to_logprob += chain(to_kl, value.on_ratio + value.through_weight);
+    to_logprob += chain(to_kl, value.on_logprob);
     to_ref -= chain(to_kl, value.on_ratio);
     to_divergence = chain(to_kl, value.on_divergence);
   }

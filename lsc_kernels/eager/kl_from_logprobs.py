@@ -64,20 +64,33 @@ def slope(d: Tensor, options: KLOptions) -> Tensor:
 
 
 def clamp_and_weigh(
-    value: Tensor, derivative: Tensor, log_weight: Tensor | None, options: KLOptions
+    value: Tensor,
+    derivative: Tensor,
+    d: Tensor,
+    log_weight: Tensor | None,
+    options: KLOptions,
+    sampled: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Apply ``kl_clamp`` and the importance ratio exp(``log_weight``).
 
-    Returns the KL, the factor on ``value``'s own gradient, and the gradient that reaches log pi(a) through the
-    ratio. Both gradients are 0 where the value is clamped.
+    Returns the KL, the factor on ``value``'s own gradient, and the factor on log pi(a): the same where ``value`` is an
+    estimator at ``d``, and what reaches it through the ratio. All factors are 0 where something is clamped.
     """
     inside = (value >= options.kl_low) & (value <= options.kl_high) | value.isnan()
-    clamped = value.clamp(options.kl_low, options.kl_high)
+    kl = value.clamp(options.kl_low, options.kl_high)
     if log_weight is None:
-        return clamped, torch.where(inside, derivative, 0.0), torch.zeros_like(value)
+        own = torch.where(inside, derivative, 0.0)
+        return kl, own, own if sampled else torch.zeros_like(own)
     weight = log_weight.exp()
-    weighted = weight * clamped
-    return weighted, torch.where(inside, weight * derivative, 0.0), torch.where(inside, weighted, 0.0)
+    kl, own = weight * kl, torch.where(inside, weight * derivative, 0.0)
+    if not sampled:
+        on_logprob = kl
+    elif options.kind == "k3" and not options.straight_through:
+        on_logprob = weight * d  # slope and value, which for a negative d are huge and cancel
+    else:
+        on_logprob = own + kl
+    clamped_ratio = (d < options.log_ratio_low) | (d > options.log_ratio_high)
+    return kl, own, torch.where(inside & ~clamped_ratio, on_logprob, 0.0)
 
 
 def _evaluate(
@@ -87,9 +100,7 @@ def _evaluate(
     # equal log-probabilities give 0, also where both are -inf
     d = torch.where(logprobs == ref_logprobs, 0.0, logprobs - ref_logprobs)
     log_weight = None if old_logprobs is None else logprobs - old_logprobs.double()
-    clamped_ratio = (d < options.log_ratio_low) | (d > options.log_ratio_high)
-    kl, own, through_weight = clamp_and_weigh(estimate(d, options), slope(d, options), log_weight, options)
-    return kl, own, torch.where(clamped_ratio, 0.0, through_weight)
+    return clamp_and_weigh(estimate(d, options), slope(d, options), d, log_weight, options)
 
 
 def forward(
@@ -114,9 +125,9 @@ def backward(
     old_logprobs: Tensor | None,
     options: KLOptions,
 ) -> tuple[Tensor, Tensor]:
-    _, own, through_weight = _evaluate(logprobs, ref_logprobs, old_logprobs, options)
+    _, own, on_logprob = _evaluate(logprobs, ref_logprobs, old_logprobs, options)
     grad = grad.double()
-    to_logprobs, to_ref = grad * (own + through_weight), -grad * own
+    to_logprobs, to_ref = grad * on_logprob, -grad * own
     if mask is not None:
         to_logprobs, to_ref = torch.where(mask, to_logprobs, 0.0), torch.where(mask, to_ref, 0.0)
     return to_logprobs.to(logprobs.dtype), to_ref.to(ref_logprobs.dtype)

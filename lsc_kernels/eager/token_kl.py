@@ -32,7 +32,7 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 def _kl(
     log_p: Tensor, log_q: Tensor, d: Tensor, log_weight: Tensor | None, options: KLOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL [...], and the factors of its gradient: on d log ratio, on d divergence, and through the ratio."""
+    """KL [...], and the factors of its gradient: on d log ratio, on d divergence, and on log pi(a)."""
     match options.kind:
         case "full":
             value, own = divergence(log_p, log_q), torch.ones_like(d)
@@ -43,11 +43,9 @@ def _kl(
     sampled = options.straight_through or not options.kind.startswith("full")
     if sampled:
         own = kl_from_logprobs.slope(d, options)
-    kl, own, through_weight = kl_from_logprobs.clamp_and_weigh(value, own, log_weight, options)
-    clamped_ratio = (d < options.log_ratio_low) | (d > options.log_ratio_high)
-    through_weight = torch.where(clamped_ratio, 0.0, through_weight)
+    kl, own, on_logprob = kl_from_logprobs.clamp_and_weigh(value, own, d, log_weight, options, sampled)
     zero = torch.zeros_like(own)
-    return (kl, own, zero, through_weight) if sampled else (kl, zero, own, through_weight)
+    return (kl, own, zero, on_logprob) if sampled else (kl, zero, own, on_logprob)
 
 
 def forward(
@@ -115,7 +113,7 @@ def backward(
         token_logprobs.at_action(log_q, actions),
     )
     log_weight = None if old_logprobs is None else logprobs - old_logprobs.double()
-    _, on_ratio, on_divergence, through_weight = _kl(
+    _, on_ratio, on_divergence, on_logprob = _kl(
         log_p, log_q, difference(logprobs, ref_logprobs), log_weight, options
     )
 
@@ -128,7 +126,7 @@ def backward(
         )  # an overflowed slope that nobody asked for is not NaN
 
     to_kl, to_entropy = upstream(grad_kl), upstream(grad_entropy)
-    to_logprobs = upstream(grad_logprobs) + chain(to_kl, on_ratio + through_weight)
+    to_logprobs = upstream(grad_logprobs) + chain(to_kl, on_logprob)
     to_ref_logprobs = upstream(grad_ref_logprobs) - chain(to_kl, on_ratio)
     to_divergence = chain(to_kl, on_divergence).unsqueeze(-1)
 

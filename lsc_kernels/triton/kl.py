@@ -17,13 +17,13 @@ K1, ABS, K2, K3, FULL, FULL_REVERSE = (tl.constexpr(kind) for kind in range(6))
 
 
 class KLValue(NamedTuple):
-    """The value, and the factors of the upstream gradient on the way to d, to the divergence, and through the weight to
-    log pi(a). All are 0 where the element is clamped."""
+    """The value, and the factors of the upstream gradient on the way to d, to the divergence, and to log pi(a): through
+    d and through the weight. All are 0 where the element is clamped."""
 
     kl: tl.tensor
     on_ratio: tl.tensor
     on_divergence: tl.tensor
-    through_weight: tl.tensor
+    on_logprob: tl.tensor
 
 
 @triton.jit
@@ -70,13 +70,17 @@ def evaluate_kl(
     outside = (d < ratio_low) | (d > ratio_high) | (value < kl_low) | (value > kl_high)
     kl = clamp(value, kl_low, kl_high)
     weight = zero + 1
-    through_weight = zero
     if WEIGHTED:
         weight = tl.exp(log_weight)
         kl = kl * weight
-        through_weight = tl.where(outside, 0.0, kl)
     if STRAIGHT_THROUGH or KIND < FULL:
         on_ratio, on_divergence = tl.where(outside, 0.0, weight * slope), zero
     else:
         on_ratio, on_divergence = zero, tl.where(outside, 0.0, weight)
-    return KLValue(kl=kl, on_ratio=on_ratio, on_divergence=on_divergence, through_weight=through_weight)
+    on_logprob = on_ratio
+    if WEIGHTED:
+        if KIND == K3 and not STRAIGHT_THROUGH:  # slope and value, which for a negative d are huge and cancel
+            on_logprob = tl.where(outside, 0.0, weight * ratio)
+        else:
+            on_logprob += tl.where(outside, 0.0, kl)
+    return KLValue(kl=kl, on_ratio=on_ratio, on_divergence=on_divergence, on_logprob=on_logprob)

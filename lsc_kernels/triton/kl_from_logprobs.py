@@ -60,7 +60,7 @@ def _kernel(
     else:
         upstream = tl.load(grad + index * grad_stride, mask=counted, other=0.0).to(tl.float64)
         asked = counted & (upstream != 0)
-        to_x = tl.where(asked, upstream * (value.on_ratio + value.through_weight), 0.0).to(tl.float32)
+        to_x = tl.where(asked, upstream * value.on_logprob, 0.0).to(tl.float32)
         to_y = tl.where(asked, -upstream * value.on_ratio, 0.0).to(tl.float32)
         tl.store(to_logprobs + index, narrow(to_x, to_logprobs.dtype.element_ty), mask=inside)
         tl.store(to_ref + index, narrow(to_y, to_ref.dtype.element_ty), mask=inside)

@@ -307,7 +307,7 @@ def coefficients(
             tl.load(saved + LOG_RATIO), tl.load(saved + DIVERGENCE), log_weight,
             ratio_low, ratio_high, kl_low, kl_high, KIND, STRAIGHT_THROUGH, WEIGHTED,
         )  # fmt: skip
-        to_logprob += chain(to_kl, value.on_ratio + value.through_weight)
+        to_logprob += chain(to_kl, value.on_logprob)
         to_ref_logprob -= chain(to_kl, value.on_ratio)
         to_divergence = chain(to_kl, value.on_divergence)
         from_offset = chain(to_divergence, tl.load(saved + OFFSET))

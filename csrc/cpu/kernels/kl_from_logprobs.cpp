@@ -18,7 +18,7 @@ void kl_backward(const float* grad, const float* logprobs, const float* ref_logp
     to_logprobs[i] = to_ref[i] = 0;
     if ((mask && !mask[i]) || grad[i] == 0) continue;
     const KLValue<double> value = value_at(logprobs[i], ref_logprobs[i], arguments, i);
-    to_logprobs[i] = float(grad[i] * (value.on_ratio + value.through_weight));
+    to_logprobs[i] = float(grad[i] * value.on_logprob);
     to_ref[i] = float(-grad[i] * value.on_ratio);
   }
 }
