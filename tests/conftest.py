@@ -79,9 +79,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-case", action="store_true", help="all cases of the slow ways too")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Kernels that are emulated, interpreted, or compiled for a target that is not here take one in sixteen of the cases,
-    others in each run: all of them take more than an hour."""
+    """Kernels that are emulated, interpreted, or compiled for a target that is not here take one in sixteen of the
+    cases that were asked for, others in each run: all of them take more than an hour."""
     if config.getoption("--every-case"):
         return
     cases: dict[str, list[pytest.Item]] = {}
