@@ -10,14 +10,11 @@ is NaN), an index of -100 is left out (there an error), an empty batch works (th
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lsc_kernels.ops.token_logprobs import TokenLogprobs, token_logprobs
+from lsc_kernels.trainers._patch import Patch
 from lsc_kernels.trainers.trl import known
 
 
@@ -96,8 +93,13 @@ def selective_log_softmax_and_entropy(
     return both if entropy_requires_grad else both._replace(entropy=both.entropy.detach())
 
 
-OURS = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
-_replaced: list[tuple[ModuleType, str, Any]] = []
+PATCH = Patch(
+    "trl",
+    {
+        f"trl.trainer.utils:{ours.__name__}": ours
+        for ours in (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
+    },
+)
 
 
 def patch() -> list[str]:
@@ -111,24 +113,9 @@ def patch() -> list[str]:
         UnknownVersion: it is another version than these functions were compared with; nothing is replaced.
     """
     known.check()
-    from trl.trainer import utils
-
-    theirs = {each.__name__: getattr(utils, each.__name__) for each in OURS}
-    modules = [module for name, module in sorted(sys.modules.items()) if name.partition(".")[0] == "trl"]
-    done = []
-    for mine in OURS:
-        name = mine.__name__
-        for module in modules:
-            # in the dictionary, not by getattr: TRL's packages import what they are asked for
-            if theirs[name] is not mine and vars(module).get(name) is theirs[name]:
-                _replaced.append((module, name, theirs[name]))
-                setattr(module, name, mine)
-                done.append(f"{module.__name__}.{name}")
-    return done
+    return PATCH.apply()
 
 
-def unpatch() -> None:
-    """Undo :func:`patch`."""
-    while _replaced:
-        module, name, theirs = _replaced.pop()
-        setattr(module, name, theirs)
+def unpatch() -> list[str]:
+    """Put TRL's functions back; returns what was."""
+    return PATCH.undo()
