@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,13 +180,11 @@ dist.destroy_process_group()
 def test_two_processes(backend: str, generator: Generator, tmp_path: Path) -> None:
     if "cuda" in backend:
         pytest.skip("the processes have CPU tensors")
-    program = tmp_path / "process.py"
-    program.write_text(textwrap.dedent(PROCESS))
     seed = str(int(torch.randint(2**31, (), generator=generator)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(program), str(rank), str(tmp_path / "store"), backend, seed],
+            [sys.executable, "-c", PROCESS, str(rank), str(tmp_path / "store"), backend, seed],
             stderr=subprocess.PIPE,
             text=True,
             env=environment,

@@ -4,8 +4,9 @@
 #include <algorithm>
 
 #include "cpu/kernels/gae.h"
-#include "cpu/mask_tensor.h"
 #include "cpu/segments.h"
+#include "cpu/tensors.h"
+#include "tensors/mask.h"
 
 namespace lsc {
 

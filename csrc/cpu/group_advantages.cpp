@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "cpu/segments.h"
+#include "cpu/tensors.h"
 #include "math/group_spread.h"
 
 namespace lsc {

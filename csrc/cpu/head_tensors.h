@@ -1,4 +1,4 @@
-// The tensors of reward_head as the plain data of its kernels.
+// Which rows of hidden are read, found on the CPU.
 #pragma once
 
 #include <algorithm>
@@ -6,8 +6,10 @@
 #include <string>
 
 #include "cpu/kernels/reward_head.h"
-#include "cpu/mask_tensor.h"
 #include "cpu/segments.h"
+#include "cpu/tensors.h"
+#include "tensors/hidden.h"
+#include "tensors/mask.h"
 
 namespace lsc {
 
@@ -16,17 +18,6 @@ constexpr int64_t kElementsPerTask = 1 << 15;
 
 inline int64_t outputs_per_task(const HeadInputs& inputs) {
   return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, inputs.hidden.width * inputs.properties));
-}
-
-inline HiddenRows hidden_rows(const Tensor& hidden) {
-  HiddenRows rows{};
-  rows.data = hidden.data_ptr();
-  rows.dtype = dtype_of(hidden);
-  rows.leading = int(hidden.dim() - 1);
-  rows.width = hidden.size(rows.leading);
-  rows.column_stride = hidden.stride(rows.leading);
-  for (int d = 0; d < rows.leading; ++d) rows.sizes[d] = hidden.size(d), rows.strides[d] = hidden.stride(d);
-  return rows;
 }
 
 // positions[b] is the row of hidden, as packed, that segment b ends in; -1 for an empty one.
@@ -55,7 +46,7 @@ inline Tensor find_positions(const Tensor& hidden, const std::optional<Tensor>& 
   if (every) {
     if (!attention_mask) return new_positions(0);
     const Tensor mask = dense(*attention_mask);
-    const MaskRows rows{mask.data_ptr(), mask_type(mask.scalar_type(), mask.element_size()), 0, 1};
+    const MaskRows rows = flat_mask(mask);
     const Tensor positions = new_positions(mask.numel());
     auto* counted = LSC_DISPATCH_ISA(head_counted);
     torch::stable::parallel_for(0, mask.numel(), kElementsPerTask, [&](int64_t begin, int64_t end) {
@@ -88,14 +79,6 @@ inline HeadInputs inputs_of(const Tensor& hidden, const Tensor& weight, const st
   const bool all_rows = every && positions.numel() == 0;
   return {hidden_rows(hidden), all_rows ? nullptr : places(positions), every ? 0.0 : NAN,
           weight.size(0),      floats(weight),                        data_or_null<float>(bias)};
-}
-
-// The kernels know leading dimensions up to a number; what has more is copied.
-inline Tensor few_dimensions(const Tensor& hidden) {
-  if (hidden.dim() - 1 <= kMaxHiddenLeading) return hidden;
-  const Tensor contiguous = dense(hidden);
-  const int64_t width = hidden.size(hidden.dim() - 1);
-  return torch::stable::view(contiguous, {width ? hidden.numel() / width : 0, width});
 }
 
 }  // namespace lsc

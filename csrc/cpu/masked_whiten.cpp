@@ -5,8 +5,9 @@
 #include <algorithm>
 
 #include "cpu/kernels/masked_whiten.h"
-#include "cpu/mask_tensor.h"
 #include "math/whitening.h"
+#include "cpu/tensors.h"
+#include "tensors/mask.h"
 
 namespace lsc {
 

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "cpu/tensors.h"
+#include "tensors/tensor.h"
 
 namespace lsc {
 

@@ -110,7 +110,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
   Tensor logprobs = nothing(), ref_logprobs = nothing(), entropy = nothing(), saved = nothing();
   if (actions) {
     const TokenTensors tensors(policy, ref, *actions, counted, temperatures, temperature);
-    tensors.check_actions();
+    check_actions(tensors);
     logprobs = empty(per_token, kFloat), ref_logprobs = empty(per_token, kFloat), entropy = empty(per_token, kFloat);
     saved = empty_saved(tensors.count);
     const TokenOutputs out{floats(kl), floats(logprobs), floats(ref_logprobs), floats(entropy), floats(saved)};
@@ -130,7 +130,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
       estimate(floats(policy_logprobs), floats(reference), data_or_null<bool>(counted), options, floats(kl), begin, end);
     });
   }
-  if (sequences.outside >= 0) placing.index_is_outside("placement_index", sequences.outside);
+  if (sequences.outside >= 0) index_is_outside(placing.kernel, "placement_index", sequences.outside);
   return {rewards, utility, scores, kl, logprobs, ref_logprobs, entropy, saved};
 }
 

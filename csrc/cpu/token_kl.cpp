@@ -13,7 +13,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_kl_forward(
     std::optional<Tensor> old_logprobs, std::optional<Tensor> temperatures, double temperature, int64_t kind,
     bool straight_through, double ratio_low, double ratio_high, double kl_low, double kl_high) {
   const TokenTensors tensors(policy_logits, ref_logits, actions, mask, temperatures, temperature);
-  tensors.check_actions();
+  check_actions(tensors);
   const auto old = dense(old_logprobs);
   const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
   constexpr auto fp32 = torch::headeronly::ScalarType::Float;

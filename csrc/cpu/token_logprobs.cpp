@@ -10,7 +10,7 @@ namespace lsc {
 static std::tuple<Tensor, Tensor, Tensor> token_logprobs_forward(
     Tensor logits, Tensor actions, std::optional<Tensor> mask, std::optional<Tensor> temperatures, double temperature) {
   const TokenTensors tensors(logits, std::nullopt, actions, mask, temperatures, temperature);
-  tensors.check_actions();
+  check_actions(tensors);
   constexpr auto fp32 = torch::headeronly::ScalarType::Float;
   const Tensor logprobs = empty(tensors.sizes(), fp32), entropy = empty(tensors.sizes(), fp32);
   const Tensor saved = empty_saved(tensors.count);

@@ -14,11 +14,11 @@ static Tensor forward(
   const Tensor rewards = empty_large(kl.sizes(), torch::headeronly::ScalarType::Float);
   auto* rows = LSC_DISPATCH_ISA(token_rewards_forward);
   std::atomic<int64_t> outside{-1};  // an exception does not travel out of a parallel region
-  inputs.over_rows([&](int64_t begin, int64_t end) {
+  over_rows(inputs, [&](int64_t begin, int64_t end) {
     const int64_t row = rows(inputs.kernel, floats(rewards), begin, end);
     if (row >= 0) outside = row;
   });
-  if (outside >= 0) inputs.index_is_outside("index", outside);
+  if (outside >= 0) index_is_outside(inputs.kernel, "index", outside);
   return rewards;
 }
 
@@ -33,7 +33,7 @@ static std::tuple<Tensor, Tensor, Tensor> backward(
   const RewardGradients out{want_utility ? to_utility.data_ptr() : nullptr, want_kl ? to_kl.data_ptr() : nullptr,
                             want_dense ? to_dense.data_ptr() : nullptr};
   auto* rows = LSC_DISPATCH_ISA(token_rewards_backward);
-  inputs.over_rows([&](int64_t begin, int64_t end) { rows(inputs.kernel, floats(upstream), out, begin, end); });
+  over_rows(inputs, [&](int64_t begin, int64_t end) { rows(inputs.kernel, floats(upstream), out, begin, end); });
   return {to_utility, to_kl, to_dense};
 }
 

@@ -1,92 +1,35 @@
-// What the ops over rows of logits share: their tensors as TokenRows, checked actions, and threads.
+// What the ops over rows of logits share on the CPU: checked actions, threads, and the tensors they write.
 #pragma once
 
 #include <string>
 
 #include "cpu/kernels/token_kl.h"
 #include "cpu/tensors.h"
+#include "tensors/logits.h"
 
 namespace lsc {
 
-// A [..., V] tensor as rows, copied only where the vocabulary is not dense.
-struct LogitRows {
-  explicit LogitRows(const Tensor& logits) : tensor(logits) {
-    const int64_t last = logits.dim() - 1;
-    if (logits.size(last) > 1 && logits.stride(last) != 1) tensor = torch::stable::contiguous(logits);
-    rows.data = tensor.data_ptr();
-    rows.dtype = dtype_of(tensor);
-    rows.leading = 1;
-    rows.sizes[0] = 1, rows.strides[0] = 0;
-    for (int64_t d = 0; d < last; ++d) {
-      const int64_t size = tensor.size(d), stride = tensor.stride(d);
-      if (size == 1) continue;
-      int64_t& inner_size = rows.sizes[rows.leading - 1];
-      int64_t& inner_stride = rows.strides[rows.leading - 1];
-      if (inner_size == 1 || inner_stride == size * stride) {
-        inner_size *= size, inner_stride = stride;
-      } else {
-        if (rows.leading == kMaxLeading) throw std::invalid_argument("logits have too many dimensions that do not lie as one");
-        rows.sizes[rows.leading] = size, rows.strides[rows.leading] = stride;
-        ++rows.leading;
-      }
+template <typename T>
+void check_actions(const TokenTensors& tensors, const T* actions) {
+  constexpr int64_t ignore_index = -100;
+  const TokenRows& rows = tensors.rows;
+  for (int64_t i = 0; i < tensors.count; ++i) {
+    const int64_t action = actions[i];
+    if ((action < 0 || action >= rows.vocabulary) && action != ignore_index && (!rows.mask || rows.mask[i])) {
+      throw std::out_of_range(
+          "actions must be in [0, V) with V = " + std::to_string(rows.vocabulary) +
+          ", or -100 to leave a position out; got " + std::to_string(action));
     }
   }
+}
 
-  Tensor tensor;
-  Rows rows;
-};
-
-// The arguments of a row op, held alive while its kernels run.
-class TokenTensors {
- public:
-  TokenTensors(
-      const Tensor& policy, const std::optional<Tensor>& ref, const Tensor& actions, const std::optional<Tensor>& mask,
-      const std::optional<Tensor>& temperatures, double temperature)
-      : policy_(policy), actions_(dense(actions)), mask_(dense(mask)), temperatures_(dense(temperatures)) {
-    if (ref) ref_.emplace(*ref);
-    rows.vocabulary = policy.size(policy.dim() - 1);
-    rows.policy = policy_.rows;
-    rows.ref = ref_ ? ref_->rows : Rows{};
-    rows.actions = actions_.data_ptr();
-    rows.actions_are_int32 = actions_.scalar_type() == torch::headeronly::ScalarType::Int;
-    rows.mask = data_or_null<bool>(mask_);
-    rows.temperatures = data_or_null<double>(temperatures_);
-    rows.temperature = temperature;
-    count = actions_.numel();
+inline void check_actions(const TokenTensors& tensors) {
+  if (tensors.rows.actions_are_int32) {
+    check_actions(tensors, static_cast<const int32_t*>(tensors.rows.actions));
+  } else {
+    check_actions(tensors, static_cast<const int64_t*>(tensors.rows.actions));
   }
-
-  Sizes sizes() const { return actions_.sizes(); }
-
-  void check_actions() const {
-    if (rows.actions_are_int32) {
-      check_actions(static_cast<const int32_t*>(rows.actions));
-    } else {
-      check_actions(static_cast<const int64_t*>(rows.actions));
-    }
-  }
-
-  TokenRows rows;
-  int64_t count;
-
- private:
-  template <typename T>
-  void check_actions(const T* actions) const {
-    constexpr int64_t ignore_index = -100;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t action = actions[i];
-      if ((action < 0 || action >= rows.vocabulary) && action != ignore_index && (!rows.mask || rows.mask[i])) {
-        throw std::out_of_range(
-            "actions must be in [0, V) with V = " + std::to_string(rows.vocabulary) +
-            ", or -100 to leave a position out; got " + std::to_string(action));
-      }
-    }
-  }
-
-  LogitRows policy_;
-  std::optional<LogitRows> ref_;
-  Tensor actions_;
-  std::optional<Tensor> mask_, temperatures_;
-};
+}
 
 // Below this many logits a second thread costs more than it saves.
 constexpr int64_t kLogitsPerTask = 32768;

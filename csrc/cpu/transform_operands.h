@@ -1,7 +1,7 @@
 // Tensors of lsc_transform and aggregate_rewards as the plain data of their kernels.
 #pragma once
 
-#include "cpu/kernels/transform.h"
+#include "arguments/transform.h"
 #include "cpu/tensors.h"
 
 namespace lsc {

@@ -1,9 +1,9 @@
 // aggregate_rewards on CUDA: a thread a row of K scores; backward without a formula, a thread a score. Reads a score and what
 // is not broadcast against it, writes one u per row; backward reads one upstream gradient per row too and writes the
 // gradients that are wanted. A formula is interpreted in double, with the values of its parts in the thread's own memory.
-#include "cpu/aggregate_tensors.h"
 #include "cuda/formula_rows.h"
 #include "cuda/transform_tensors.h"
+#include "tensors/program.h"
 
 namespace lsc {
 namespace cuda {

@@ -8,11 +8,11 @@
 // are done twice.
 //
 // On a GPU the bounds of packed sequences are taken as they are, but never outside the tokens; the first is 0 and the last N.
-#include "cpu/mask_tensor.h"
 #include "cuda/mask.h"
 #include "cuda/tensors.h"
 #include "cuda/transform.h"
 #include "math/returns.h"
+#include "tensors/mask.h"
 
 namespace lsc {
 namespace cuda {

@@ -5,7 +5,7 @@
 // the mask itself. An index outside [0, S), or a segment that does not lie in hidden, scores NaN.
 #pragma once
 
-#include "cpu/kernels/reward_head.h"
+#include "arguments/hidden.h"
 #include "cuda/mask.h"
 #include "cuda/transform.h"
 

@@ -1,9 +1,10 @@
 // The tensors of reward_head as the plain data of its kernels.
 #pragma once
 
-#include "cpu/head_tensors.h"
 #include "cuda/head_rows.h"
 #include "cuda/tensors.h"
+#include "tensors/hidden.h"
+#include "tensors/mask.h"
 
 namespace lsc {
 namespace cuda {
@@ -23,7 +24,7 @@ struct PositionTensors {
     if (every) {
       outputs = 1;
       for (int64_t d = 0; d + 1 < hidden.dim(); ++d) outputs *= hidden.size(d);
-      kernel.mask = mask ? MaskRows{mask->data_ptr(), mask_type(mask->scalar_type(), mask->element_size()), 0, 1} : mask_rows(std::nullopt);
+      kernel.mask = flat_mask(mask);
     } else {
       outputs = segments ? segments->size(0) - 1 : hidden.size(0);
       kernel.mask = mask_rows(segments ? std::nullopt : mask);

@@ -1,7 +1,7 @@
 // Integers of either dtype and a mask of any dtype and strides, on the device; and a block's search for the last position that counts.
 #pragma once
 
-#include "cpu/kernels/mask_rows.h"
+#include "arguments/mask_rows.h"
 #include "cuda/device.h"
 
 namespace lsc {

@@ -1,9 +1,9 @@
 // masked_whiten on CUDA: moments of blocks of 2048 elements, merged by one block; then a thread an element. In double: the op
 // waits for memory. Moments read x and the mask once, and whitening once more; gradients read g as well, both times.
-#include "cpu/mask_tensor.h"
 #include "cuda/mask.h"
 #include "cuda/transform_tensors.h"
 #include "math/whitening.h"
+#include "tensors/mask.h"
 
 namespace lsc {
 namespace cuda {

@@ -2,7 +2,7 @@
 // are formed in fp64 and rounded once.
 #pragma once
 
-#include "cpu/kernels/token_rewards.h"
+#include "arguments/token_rewards.h"
 #include "cuda/mask.h"
 #include "cuda/transform.h"
 

@@ -5,7 +5,7 @@
 // bytes is read in loads of 16; another one element by element, from the first cache; so is what is left at a row's end.
 #pragma once
 
-#include "cpu/kernels/rows.h"
+#include "arguments/rows.h"
 #include "cuda/device.h"
 
 namespace lsc {

@@ -11,14 +11,14 @@
 // Reads each counted logit once, for each token a part of its sequence's mask and actions (from the second-level cache), and
 // for each sequence K rows of weights and one of hidden. Writes 5 floats a token and what backward needs, [N, 14]; K + 1 a
 // sequence. Backward is that of the parts: a launch each for placement, aggregation and token rows, up to three for the head.
-#include "cpu/aggregate_tensors.h"
-#include "cpu/reward_tensors.h"
 #include "cuda/formula_rows.h"
 #include "cuda/head_tensors.h"
 #include "cuda/placement.h"
 #include "cuda/token_tensors.h"
 #include "cuda/transform_tensors.h"
 #include "math/kl_arguments.h"
+#include "tensors/program.h"
+#include "tensors/rewards.h"
 
 namespace lsc {
 namespace cuda {

@@ -2,9 +2,9 @@
 // mask and dense rewards and writes the rewards. Sums are formed in fp64 and rounded once: the op waits for memory.
 //
 // On a GPU an index outside [0, T) makes its sequence's rewards NaN, and gives utility no gradient but NaN.
-#include "cpu/reward_tensors.h"
 #include "cuda/placement.h"
 #include "cuda/tensors.h"
+#include "tensors/rewards.h"
 
 namespace lsc {
 namespace cuda {

@@ -2,7 +2,7 @@
 // share on the device. The formulas are those of math/log_sigmoid.h, one lane wide.
 #pragma once
 
-#include "cpu/kernels/transform.h"
+#include "arguments/transform.h"
 #include "cuda/device.h"
 
 namespace lsc {

@@ -1,7 +1,7 @@
 // KL estimators with their options as ops hand them to kernels.
 #pragma once
 
-#include "cpu/kernels/rows.h"
+#include "arguments/rows.h"
 #include "math/kl.h"
 
 namespace lsc {

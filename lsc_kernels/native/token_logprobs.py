@@ -8,7 +8,7 @@ from torch import Tensor
 _ops = torch.ops.lsc_kernels
 
 SAVED = 14
-"""Floats that the forward pass saves per row: ``kSaved`` in csrc/cpu/kernels/rows.h."""
+"""Floats that the forward pass saves per row: ``kSaved`` in csrc/arguments/rows.h."""
 
 
 def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lsc_kernels.eager.token_rewards import RewardOptions
 
 PLACEMENTS = ("last", "eos_plus_one", "before_last", "index")
-"""In the order of ``Placement`` in csrc/cpu/kernels/token_rewards.h."""
+"""In the order of ``Placement`` in csrc/arguments/token_rewards.h."""
 
 _ops = torch.ops.lsc_kernels
 

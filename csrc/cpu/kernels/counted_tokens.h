@@ -1,7 +1,7 @@
 #pragma once
 
+#include "arguments/mask_rows.h"
 #include "cpu/isa.h"
-#include "cpu/kernels/mask_rows.h"
 
 namespace lsc {
 

@@ -1,7 +1,7 @@
 #pragma once
 
+#include "arguments/rows.h"
 #include "cpu/isa.h"
-#include "cpu/kernels/rows.h"
 
 namespace lsc {
 

@@ -1,7 +1,7 @@
 #pragma once
 
+#include "arguments/transform.h"
 #include "cpu/isa.h"
-#include "cpu/kernels/transform.h"
 
 namespace lsc {
 

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "cpu/kernels/mask_rows.h"
+#include "arguments/mask_rows.h"
 
 namespace lsc {
 namespace LSC_ISA {

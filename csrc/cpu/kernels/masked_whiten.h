@@ -1,8 +1,8 @@
 #pragma once
 
+#include "arguments/mask_rows.h"
+#include "arguments/rows.h"
 #include "cpu/isa.h"
-#include "cpu/kernels/mask_rows.h"
-#include "cpu/kernels/rows.h"
 #include "math/moments.h"
 
 namespace lsc {

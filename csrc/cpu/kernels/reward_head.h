@@ -1,20 +1,10 @@
 #pragma once
 
+#include "arguments/hidden.h"
+#include "arguments/mask_rows.h"
 #include "cpu/isa.h"
-#include "cpu/kernels/mask_rows.h"
-#include "cpu/kernels/rows.h"
 
 namespace lsc {
-
-// hidden [..., H] of any strides; a row is named by its number among the leading dimensions.
-constexpr int kMaxHiddenLeading = 8;
-struct HiddenRows {
-  const void* data;
-  DType dtype;
-  int64_t width, column_stride;  // H
-  int leading;
-  int64_t sizes[kMaxHiddenLeading], strides[kMaxHiddenLeading];
-};
 
 struct HeadInputs {
   HiddenRows hidden;

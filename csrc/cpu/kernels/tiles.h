@@ -1,7 +1,7 @@
 // Short stretches of a row on their way between a tensor of any supported dtype and arrays of floats.
 #pragma once
 
-#include "cpu/kernels/rows.h"
+#include "arguments/rows.h"
 #include "cpu/kernels/vec.h"
 
 namespace lsc {

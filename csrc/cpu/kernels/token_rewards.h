@@ -1,29 +1,9 @@
 #pragma once
 
+#include "arguments/token_rewards.h"
 #include "cpu/isa.h"
-#include "cpu/kernels/mask_rows.h"
-#include "cpu/kernels/rows.h"
 
 namespace lsc {
-
-// In the order of PLACEMENTS in native/token_rewards.py.
-enum class Placement : int64_t { last, eos_plus_one, before_last, index };
-
-struct RewardInputs {
-  TypedData utility, kl, dense;  // [B], [B, T], [B, T]
-  MaskRows mask;
-  const void* index;             // [B]
-  bool index_is_int32;
-  int64_t length;                // T
-  double beta;
-  Placement placement;
-  double clip_low, clip_high;
-};
-
-// To be written, contiguous, each null where it is not wanted; of the dtypes of the inputs.
-struct RewardGradients {
-  void *utility, *kl, *dense;
-};
 
 LSC_DECLARE_KERNELS(
     // Rows [begin, end). Forward writes [B, T] rewards; it returns a row whose index is outside of it, which is left

@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
+#include "arguments/rows.h"
 #include "cpu/kernels/row_reader.h"
-#include "cpu/kernels/rows.h"
 #include "math/token_row.h"
 
 namespace lsc {

@@ -13,8 +13,8 @@
 #include <cmath>
 #include <limits>
 
+#include "arguments/transform.h"
 #include "cpu/kernels/tiles.h"
-#include "cpu/kernels/transform.h"
 #include "math/log_sigmoid.h"
 
 namespace lsc {

@@ -1,8 +1,8 @@
 // A mask tensor as the kernels read it: no copy, whatever its dtype and strides.
 #pragma once
 
-#include "cpu/kernels/mask_rows.h"
-#include "cpu/tensors.h"
+#include "arguments/mask_rows.h"
+#include "tensors/tensor.h"
 
 namespace lsc {
 

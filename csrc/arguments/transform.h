@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/kernels/rows.h"
+#include "arguments/rows.h"
 
 namespace lsc {
 
