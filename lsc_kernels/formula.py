@@ -38,6 +38,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -75,6 +76,13 @@ class Formula:
         >>> lk.Formula.parse(str(formula)) == formula
         True
     """
+
+    def __new__(cls, *_: object, **__: object) -> Formula:
+        if cls in (Formula, _Several):
+            raise TypeError(
+                "a formula is made by prop(name), at_least, weakest, & | ~, or Formula.parse(text)"
+            )
+        return super().__new__(cls)
 
     def __and__(self, other: object) -> Formula:
         return _joined(AllOf, "&", self, other)
@@ -415,6 +423,16 @@ _HINTS = {
     "'": "this quote is never closed",
 }
 _MAX_DEPTH = 64
+_MAX_DIGITS = 18  # of what the programs' integers hold
+
+
+def _blank(character: str) -> str:
+    """As wide as the character on a terminal, so that a caret stands under the one that is meant."""
+    if character == "\t":
+        return "\t"
+    if unicodedata.combining(character):
+        return ""
+    return "\N{IDEOGRAPHIC SPACE}" if unicodedata.east_asian_width(character) in "WF" else " "
 
 
 class _Token(NamedTuple):
@@ -447,8 +465,7 @@ class _Parser:
     def fail(self, what: str, at: int | None = None) -> NoReturn:
         start = self.token.start if at is None else at
         before, after = self.text[:start].rpartition("\n")[2], self.text[start:].partition("\n")[0]
-        # a tab under a tab, so that the caret stands under the character
-        space = "".join("\t" if character == "\t" else " " for character in before)
+        space = "".join(map(_blank, before))
         raise ValueError(f"formula: {what}\n  {before}{after}\n  {space}^")
 
     def next_token(self) -> _Token:
@@ -548,6 +565,8 @@ class _Parser:
     def how_many(self) -> _Token:
         if self.token.kind != "number" or not self.token.text.isdigit():
             self.fail(f"a whole number is wanted here, how many must hold; got {self.found()}")
+        if len(self.token.text) > _MAX_DIGITS:
+            self.fail(f"how many must hold has at most {_MAX_DIGITS} digits; got {len(self.token.text)}")
         least = self.take()
         if not self.at(")"):
             self.expect(",", "between how many must hold and the formulas")
@@ -555,6 +574,8 @@ class _Parser:
 
     def leaf(self) -> Formula:
         token = self.token
+        if token.kind == "number" and len(token.text) > _MAX_DIGITS:
+            self.fail(f"a column has at most {_MAX_DIGITS} digits; got {len(token.text)}")
         if token.kind == "number" and not token.text.isdigit():
             self.fail(f"a column is a whole number; got {token.text!r}")
         if token.kind in ("symbol", "end") or token.text in _HINTS:

@@ -223,6 +223,8 @@ def test_the_longest_program_fits() -> None:
         ("a ** b", "a number > 0 is wanted here, an exponent; got 'b'", 5),
         ("(a & b) ** 2", "the end is wanted here; got '**'", 8),
         ("1.5 & a", "a column is a whole number; got '1.5'", 0),
+        ("a & " + "9" * 5000, "a column has at most 18 digits; got 5000", 4),
+        (f"at_least({'9' * 5000}, a)", "how many must hold has at most 18 digits; got 5000", 9),
         ("(" * 200 + "a" + ")" * 200, "brackets are nested more than 64 deep", 64),
         ("a &\n\tb $ c", "'$' has no meaning here", 3),
     ],
@@ -265,6 +267,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: a ** "2", TypeError, "an exponent must be a number; got str"),
     (lambda: (a**2) ** 3, ValueError, "has an exponent already"),
     (lambda: Formula.parse(a), TypeError, "formula must be a string; got Property"),
+    (lambda: Formula(), TypeError, "a formula is made by prop"),
 ]
 
 
@@ -272,6 +275,16 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_mistakes(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("before", "space"),
+    [("helpful ", " " * 8), ("名前 ", "\N{IDEOGRAPHIC SPACE}" * 2 + " "), ('\t"a\u0301" ', "\t    ")],
+)
+def test_the_caret_stands_under_wide_and_combining_characters(before: str, space: str) -> None:
+    with pytest.raises(ValueError, match="has no meaning here") as caught:
+        lk.Formula.parse(f"{before}% b")
+    assert str(caught.value).splitlines()[1:] == [f"  {before}% b", f"  {space}^"]
 
 
 def test_formulas_do_not_change() -> None:
