@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lsc_kernels.ops import _checks
-from lsc_kernels.ops.lsc_transform import lsc_transform, operand
+from lsc_kernels.ops.lsc_transform import lsc_transform, operand, spread
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def transform_reward(
 
     Raises:
         TypeError: an argument of the wrong type, an option that the method does not have, or one it needs.
-        ValueError: an unknown method, a missing reference reward, a ``scale`` that is not positive, ``low`` above
-            ``high``, no samples, ``t`` = 0.
+        ValueError: an unknown method, a missing reference reward, shapes that do not broadcast, a ``dim`` that is not
+            there, a ``scale`` that is not positive, ``low`` above ``high``, a negative ``eps``, no samples, ``t`` = 0.
 
     Example:
         >>> import torch, lsc_kernels as lk
@@ -142,7 +142,7 @@ def ensemble_reward(scores: Tensor, method: str = "mean", **options: object) -> 
 def _apply(
     table: Mapping[str, Transform], name: str, options: Mapping[str, object], *inputs: object
 ) -> Tensor:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"method must be one of {', '.join(table)}; got {name!r}")
     known = table[name].options
     for option in options:
@@ -184,11 +184,10 @@ def _centred(
     method: str, reward: Tensor, reference_reward: float | Tensor | None, scale: float | Tensor
 ) -> Tensor:
     """z in fp64."""
-    reference = operand("reference_reward", _needed(method, reference_reward), reward.device)
-    scale = operand("scale", scale, reward.device)
-    reference, scale = (
-        value.double() if isinstance(value, Tensor) else value for value in (reference, scale)
-    )
+    given = {"reference_reward": _needed(method, reference_reward), "scale": scale}
+    checked = {name: operand(name, value, reward.device) for name, value in given.items()}
+    reward, operands = spread("reward", reward, checked)
+    reference, scale = (value.double() if isinstance(value, Tensor) else value for value in operands)
     return (reward.double() - reference) / scale
 
 
@@ -212,13 +211,28 @@ def _clip(
     return _like(z.clamp(low, high), reward, reference_reward)
 
 
-def _statistics_of(reward: Tensor, samples: object) -> Tensor:
-    if samples is None:
-        return reward.double()
-    found = _checks.floating("samples", samples)
+def _statistics_of(reward: Tensor, samples: object, dim: object) -> Tensor:
+    """What mean, deviation, minimum and maximum are taken of."""
+    found = reward if samples is None else _checks.floating("samples", samples)
     _checks.same_device("samples", found, "reward", reward)
-    if found.numel() == 0:
+    if samples is not None and found.numel() == 0:
         raise ValueError(f"samples must not be empty; got {list(found.shape)}")
+    if dim is None:
+        return found.double()
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int or None; got {type(dim).__name__}")
+    if not -found.dim() <= dim < found.dim():
+        raise ValueError(f"dim must be one of the {found.dim()} dimensions of {list(found.shape)}; got {dim}")
+    if samples is not None:
+        kept = list(found.shape)
+        kept[dim] = 1
+        try:
+            torch.broadcast_shapes(reward.shape, kept)
+        except RuntimeError:
+            raise ValueError(
+                f"samples must broadcast against reward, {list(reward.shape)}, once dim {dim} is 1; "
+                f"got {list(found.shape)}"
+            ) from None
     return found.double()
 
 
@@ -230,19 +244,25 @@ def _zscore(
     dim: int | None = None,
     eps: float = 1e-4,
 ) -> Tensor:
-    over = _statistics_of(reward, samples)
+    over, eps = _statistics_of(reward, samples, dim), _checks.number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps must be >= 0; got {eps}")
+    if over.numel() == 0:
+        return _like(reward.double(), reward)
     if (over.numel() if dim is None else over.shape[dim]) < 2:
         raise ValueError(
             f"zscore needs two rewards or more for a deviation; got {list(over.shape)}, dim={dim}"
         )
     mean, deviation = over.mean(dim, keepdim=dim is not None), over.std(dim, keepdim=dim is not None)
-    return _like((reward.double() - mean) / (deviation + _checks.number("eps", eps)), reward, samples)
+    return _like((reward.double() - mean) / (deviation + eps), reward, samples)
 
 
 def _minmax(
     reward: Tensor, reference_reward: object, *, samples: Tensor | None = None, dim: int | None = None
 ) -> Tensor:
-    over = _statistics_of(reward, samples)
+    over = _statistics_of(reward, samples, dim)
+    if over.numel() == 0:
+        return _like(reward.double(), reward)
     if dim is None:
         low, high = over.min(), over.max()
     else:

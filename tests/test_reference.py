@@ -162,6 +162,7 @@ def test_gaussian_is_wrong_for_skewed_rewards(generator: torch.Generator) -> Non
         ((torch.ones(1, 1, 3),), {"method": "gaussian"}, ValueError, "two samples"),
         ((torch.ones(1, 0, 3),), {}, ValueError, "a sample along dim -2"),
         ((torch.ones(3),), {}, ValueError, "dim -2"),
+        ((torch.ones(1, 2, 3),), {"dim": 1.0}, TypeError, "dim must be an int; got float"),
     ],
 )
 def test_wrong_arguments(arguments: tuple, options: dict, error: type[Exception], words: str) -> None:
@@ -271,6 +272,10 @@ def test_stream_wrong_arguments(stream: StreamingQuantile) -> None:
         stream.update(["good", "bad"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"\(2, 200\); got \(2, 800\)"):
         stream.merge(StreamingQuantile(2))
+    with pytest.raises(TypeError, match="real numbers"):
+        stream.update(torch.zeros(3, 2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="got int"):
+        stream.load_state_dict(7)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="StreamingQuantile; got int"):
         stream.merge(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"k must be in \[8, 65535\]"):
@@ -412,6 +417,8 @@ def test_rows_of_any_form(form: str) -> None:
         ({"prompt": ["a"], "score_x": [1.0, 2.0]}, {}, ValueError, "equally long"),
         (TRIPLES, {"properties": ["x"]}, ValueError, "do not have 'y'"),
         (TRIPLES, {"properties": ["x", "x", "y"]}, ValueError, "differ"),
+        (TRIPLES, {"properties": "x"}, TypeError, "properties must be a sequence of names; got 'x'"),
+        (TRIPLES, {"model": 7}, TypeError, "model must be a text"),
         (TRIPLES, {"buckets": "topic"}, ValueError, "buckets must be 'length'"),
         (TRIPLES, {"buckets": ["topic"]}, ValueError, "one name per row, 5; got 1"),
         (TRIPLES, {"min_samples": 0}, ValueError, "min_samples"),
@@ -478,9 +485,12 @@ def test_references_go_into_the_ops() -> None:
 
 def test_lookup_wants_texts() -> None:
     table = ReferenceTable.fit(TRIPLES)
-    for wrong in ("a", [1], [b"a"]):
+    for wrong in ("a", [1], [b"a"], 7):
         with pytest.raises(TypeError, match="sequence of texts"):
             table.lookup(wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="sequence of texts"):
+            table.sources(wrong)  # type: ignore[arg-type]
+    assert torch.equal(table.lookup(np.array(["a"])), table.lookup(["a"]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("buckets", ["length", None, ["one", "two", "two", "two", "one"]])

@@ -176,6 +176,9 @@ def test_dtypes_nan_and_empty(method: str) -> None:
     got = transformed(torch.tensor([torch.nan, 1.0]), method, **samples)
     assert got.isnan().tolist() == [True, False]
     assert transformed(torch.zeros(0, 3), method, **samples).shape == (0, 3)
+    if method in ("zscore", "minmax"):  # an empty batch that is its own statistics
+        assert lk.transform_reward(torch.zeros(0, 3), method).shape == (0, 3)
+        assert lk.transform_reward(torch.zeros(0, 3), method, dim=0).shape == (0, 3)
 
 
 def test_scale_and_reference_broadcast(generator: Generator) -> None:
@@ -239,6 +242,25 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: lk.transform_reward(R, "exp_quantile", samples=R, t=0.0), ValueError, "t must not be 0"),
     (lambda: lk.transform_reward(R[:1], "zscore"), ValueError, "zscore needs two rewards or more"),
     (lambda: lk.transform_reward(R, "minmax", samples=R[:0]), ValueError, "samples must not be empty"),
+    (lambda: lk.transform_reward(R, ["raw"]), ValueError, "method must be one of"),  # type: ignore[arg-type]
+    (
+        lambda: lk.transform_reward(R, "clip", reference_reward=torch.zeros(4)),
+        ValueError,
+        r"\[3\]; got \[4\]",
+    ),
+    (
+        lambda: lk.transform_reward(R, "tanh", reference_reward=0.0, scale=torch.ones(4)),
+        ValueError,
+        "scale must",
+    ),
+    (lambda: lk.transform_reward(R, "minmax", dim=1), ValueError, r"dim must be .* of \[3\]; got 1"),
+    (lambda: lk.transform_reward(R, "zscore", dim="0"), TypeError, "dim must be an int or None; got str"),
+    (lambda: lk.transform_reward(R, "zscore", eps=-1.0), ValueError, "eps must be >= 0; got -1"),
+    (
+        lambda: lk.transform_reward(torch.zeros(2, 3), "minmax", samples=torch.zeros(5, 7), dim=-1),
+        ValueError,
+        r"samples must broadcast against reward, \[2, 3\].*got \[5, 7\]",
+    ),
     (lambda: lk.ensemble_reward(R, "median"), ValueError, "method must be one of mean, worst_case"),
     (lambda: lk.ensemble_reward(R, "mean_minus_variance"), TypeError, "mean_minus_variance needs penalty"),
     (

@@ -85,7 +85,7 @@ def quantile_reference(samples: Tensor, q: float = 0.85, *, method: str = "linea
         them.
 
     Raises:
-        TypeError: ``samples`` is no floating-point tensor.
+        TypeError: ``samples`` is no floating-point tensor, ``dim`` no integer.
         ValueError: no such ``dim``, no sample along it, ``q`` out of range, an unknown ``method``.
 
     Source:
@@ -100,6 +100,8 @@ def quantile_reference(samples: Tensor, q: float = 0.85, *, method: str = "linea
     """
     _checks.floating("samples", samples)
     q = check_quantile(q, method)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int; got {type(dim).__name__}")
     if not -samples.dim() <= dim < samples.dim():
         raise ValueError(
             f"dim {dim}: samples has {samples.dim()} dimensions; wants [P, n, K], or another dim"

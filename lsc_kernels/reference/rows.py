@@ -43,7 +43,7 @@ def read_rows(rows: Any, properties: Sequence[str] | None = None) -> Rows:
         properties: the names, in the order wanted; None is the order in which they come.
 
     Raises:
-        TypeError: a prompt that is not text, a score that is no number.
+        TypeError: a prompt that is not text, a score that is no number, properties that are one text.
         ValueError: no rows, a column missing, columns of different lengths, a property that is not wanted.
     """
     prompts, names, scores = _columns(rows)
@@ -54,6 +54,8 @@ def read_rows(rows: Any, properties: Sequence[str] | None = None) -> Rows:
             raise TypeError(
                 f"a prompt must be text (a chat as the text that was scored); got {type(prompt).__name__}"
             )
+    if isinstance(properties, str):
+        raise TypeError(f"properties must be a sequence of names; got {properties!r}")
     found = dict.fromkeys(names)
     order = tuple(str(name) for name in (found if properties is None else properties))
     number = {name: k for k, name in enumerate(order)}

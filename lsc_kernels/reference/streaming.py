@@ -96,6 +96,8 @@ class StreamingQuantile:
             values = torch.as_tensor(values)
         except (TypeError, ValueError, RuntimeError) as problem:
             raise TypeError(f"values must be a tensor; got {type(values).__name__}: {problem}") from None
+        if values.is_complex():
+            raise TypeError(f"values must be real numbers; got {values.dtype}")
         if self.num_properties is not None and values.shape[-1:] != (self.num_properties,):
             raise ValueError(f"values must be [..., {self.num_properties}]; got {list(values.shape)}")
         rows = values.detach().to("cpu", torch.float64).reshape(-1, len(self._sketches))
@@ -173,8 +175,11 @@ class StreamingQuantile:
         """Replace what was seen by what a :meth:`state_dict` holds.
 
         Raises:
+            TypeError: it is no dictionary.
             ValueError: it is of another version, number of properties or k, or damaged.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"the state must be what state_dict() gives; got {type(state).__name__}")
         wanted = {"version": STATE_VERSION, "num_properties": self.num_properties, "k": self.k}
         found = {name: state.get(name) for name in wanted}
         if found != wanted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -132,6 +132,8 @@ class ReferenceTable:
                 ``q``, ``method``, ``buckets`` or ``min_samples`` out of range.
         """
         q = check_quantile(q, method)
+        if not isinstance(model, str):
+            raise TypeError(f"model must be a text, the name of what gave the responses; got {model!r}")
         if isinstance(min_samples, bool) or not isinstance(min_samples, int) or min_samples < 1:
             raise ValueError(f"min_samples must be an int of at least 1; got {min_samples!r}")
         q, method = (0.5, CANNED) if canned else (q, method)
@@ -183,7 +185,7 @@ class ReferenceTable:
             TypeError: ``prompts`` is one text, or holds something else.
             ValueError: ``buckets`` of the wrong length, or for a table without named buckets.
         """
-        prompts = prompts if isinstance(prompts, str) else list(prompts)
+        prompts = _texts(prompts)
         references, source = self._find(prompts, buckets)
         farthest = np.bincount(source.max(1, initial=0), minlength=len(SOURCES)).tolist()
         for name, count in zip(SOURCES, farthest, strict=True):
@@ -202,12 +204,10 @@ class ReferenceTable:
 
     def sources(self, prompts: Sequence[str], *, buckets: Sequence[str] | None = None) -> Tensor:
         """Where the references of a lookup come from: 0 the prompt, 1 its bucket, 2 the whole; int8 [P, K]."""
-        return torch.from_numpy(self._find(prompts, buckets)[1])
+        return torch.from_numpy(self._find(_texts(prompts), buckets)[1])
 
     def _find(self, prompts: Sequence[str], buckets: Sequence[str] | None) -> tuple[Any, Any]:
         """References [P, K] and their sources [P, K]."""
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise TypeError("prompts must be a sequence of texts")
         if buckets is not None and self._bucketing != "named":
             raise ValueError(f"buckets: this table was made with buckets {self._bucketing!r}; pass None")
         if buckets is not None and len(buckets) != len(prompts):
@@ -390,6 +390,16 @@ def _bucket_names(buckets: str | Sequence[str] | None, prompts: Sequence[str]) -
     if len(buckets) != len(prompts):
         raise ValueError(f"buckets must have one name per row, {len(prompts)}; got {len(buckets)}")
     return "named", np.array([str(name) for name in buckets])
+
+
+def _texts(prompts: object) -> list[str]:
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be a sequence of texts; got {type(prompts).__name__}")
+    texts = list(prompts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"prompts must be a sequence of texts; one is {type(text).__name__}")
+    return [str(text) for text in texts]  # NumPy has texts of its own
 
 
 def _select(level: Level, keys: Any) -> Any:
