@@ -11,8 +11,9 @@ from lsc_kernels.extras import load
 SUFFIXES = (".png", ".pdf", ".svg")
 # Okabe and Ito's colours: told apart by colour-blind readers; the line styles tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", "--", ":", "-.")
-HATCHES = ("", "///", "...", "xxx")
+# One line and hatch fewer than colours: the two together repeat after thirty.
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 
 
 def line_style(number: int) -> dict[str, Any]:

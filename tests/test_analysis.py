@@ -19,6 +19,7 @@ from torch import Tensor
 import lsc_kernels as lk
 from lsc_kernels.analysis import best_of_n, diagnose, frontier, gamma_for_kl, tilt
 from lsc_kernels.analysis.diagnose import EPS, SATURATED, rank_correlation
+from lsc_kernels.analysis.report import percent
 
 UTILITIES = hnp.arrays(np.float64, st.integers(2, 12), elements=st.floats(-20, 20, width=32))
 SIGMAS = 5  # a test of n standard errors fails by chance once in two million
@@ -221,6 +222,26 @@ def test_budget_beyond_the_samples() -> None:
             r"\[3\]",
         ),
         (lambda: diagnose(torch.ones(3, 1), 0.0, scale=-1.0), ValueError, "scale must be finite and > 0"),
+        (
+            lambda: diagnose(torch.ones(3, 2), torch.ones(4)),
+            ValueError,
+            r"reference_reward .* \[3, 2\]; got \[4\]",
+        ),
+        (lambda: diagnose(torch.ones(3, 2), None), TypeError, "reference_reward must be a float or a tensor"),
+        (lambda: diagnose(torch.ones(3, 2), 0.0, weights=[1.0, 2.0]), TypeError, "weights must be a tensor"),
+        (lambda: diagnose(torch.ones(3, 2), 0.0, names="ab"), TypeError, "names must be a sequence"),
+        (lambda: diagnose(torch.ones(3, 2), 0.0, names=["a", "a"]), ValueError, "names must differ"),
+        (
+            lambda: frontier(torch.ones(4, 3, 2), torch.ones(4, 2)),
+            ValueError,
+            r"reference_reward .* \[4, 3, 2\]; got \[4, 2\]",
+        ),
+        (lambda: frontier(torch.ones(3, 2), 0.0, scale="a"), TypeError, "scale must be a float or a tensor"),
+        (lambda: frontier(torch.ones(3, 2), 0.0, methods="lsc"), ValueError, "methods must be a sequence"),
+        (lambda: frontier(torch.randn(9, 2), 0.0, kl=1.0), TypeError, "kl must be a sequence of floats"),
+        (lambda: tilt(torch.ones(3), 1.0, p_good=torch.full((3, 1), 1.5)), ValueError, "probabilities"),
+        (lambda: tilt(torch.ones(3), 1.0, p_good=torch.full((3, 1), math.nan)), ValueError, "got nan"),
+        (lambda: tilt(torch.ones(3), 1.0, names=["a"]), ValueError, "without p_good"),
     ],
 )
 def test_wrong_arguments(call: object, error: type[Exception], words: str) -> None:
@@ -458,6 +479,60 @@ def test_results_as_figures(scores: Tensor) -> None:
             if not axes.images:
                 assert axes.get_xlabel(), "an axis without a name"
         figure.canvas.draw()
+
+
+@pytest.fixture(params=[1, 4, 9])
+def crowded(request: pytest.FixtureRequest, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Scores of more properties than fit easily, with long names."""
+    names = [f"a property with a long name, {k}" for k in range(request.param)]
+    return 3 * torch.randn(500, len(names), generator=generator), names
+
+
+def test_tables_cut_no_number(crowded: tuple[Tensor, list[str]]) -> None:
+    rich = pytest.importorskip("rich.console")
+    scores, names = crowded
+    found = diagnose(scores, 1.0, names=names)
+    bought = frontier(scores, 1.0, names=names, kl=[0.5], methods=list(lk.TRANSFORMS))
+    for result, numbers in (
+        (found, [f"{one.mean_z:.2f}" for one in found.properties]),
+        (bought, [percent(min(point.p_good)).rstrip("%") for point in bought.points]),
+    ):
+        console = rich.Console(width=80, record=True, file=open("/dev/null", "w"))
+        console.print(result.table())
+        text = console.export_text()
+        assert "…" not in text and all(number in text for number in numbers), text
+
+
+def test_nothing_overlaps_in_figures(crowded: tuple[Tensor, list[str]]) -> None:
+    pytest.importorskip("matplotlib")
+    scores, names = crowded
+    good = lk.lsc_transform(scores, 1.0).exp()
+    utility = lk.aggregate_rewards(scores, 1.0)
+    for result in (
+        diagnose(scores, 1.0, names=names),
+        frontier(scores, 1.0, names=names, kl=[0.5, 1.0], methods=list(lk.TRANSFORMS)),
+        tilt(utility, 4.0, p_good=good, names=names),
+    ):
+        figure = result.figure()
+        figure.canvas.draw()
+        inside = figure.bbox.padded(1.0)
+        for axes in figure.axes:
+            told = [text.get_window_extent() for text in axes.texts]
+            for axis in (axes.xaxis, axes.yaxis):
+                low, high = sorted(axis.get_view_interval())
+                ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+                shown = [label.get_window_extent() for place, label in ticks if low <= place <= high]
+                assert not any(one.overlaps(other) for one, other in itertools.pairwise(shown)), (
+                    axes.get_title()
+                )
+            assert not any(one.overlaps(other) for one, other in itertools.combinations(told, 2)), (
+                axes.get_title()
+            )
+            legend = axes.get_legend()
+            if legend is not None:
+                box = legend.get_window_extent()
+                assert not box.overlaps(axes.get_window_extent()), axes.get_title()
+                assert inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1), axes.get_title()
 
 
 def test_import_needs_neither_rich_nor_matplotlib() -> None:

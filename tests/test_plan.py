@@ -239,7 +239,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert words in told, words
     assert figure.read_bytes().startswith(b"%PDF")
-    kept = json.loads(numbers.read_text())
+    kept = json.loads(numbers.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert kept["frontier/base/gamma"] is None  # infinite
     assert kept["budget"] == 3 and "frontier/points/lsc/kl=3/gamma" in kept
     assert "diagnosis/properties/helpful/underfit" in kept
 

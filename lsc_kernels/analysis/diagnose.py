@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsc_kernels.analysis.report import Report, rich_table
+from lsc_kernels.analysis.operands import names_of, spread
+from lsc_kernels.analysis.report import Report, percent, rich_table
 from lsc_kernels.ops import _checks
 from lsc_kernels.ops.lsc_transform import lsc_transform
 
@@ -125,7 +126,7 @@ class Diagnosis(Report):
                 f"{one.mean_z:.2f}",
                 f"{one.underfit:.1%}",
                 f"{one.saturated:.1%}",
-                f"{one.p_good:.1%}",
+                percent(one.p_good),
                 f"{one.marginal_utility:.3f}",
                 f"{one.binds:.1%}",
                 f"{one.gain_uniformity:.2f}",
@@ -185,16 +186,13 @@ def diagnose(
     _checks.floating("scores", scores)
     if scores.dim() != 2 or scores.numel() == 0:
         raise ValueError(f"scores must be [N, K], not empty; got {list(scores.shape)}")
-    count = scores.shape[1]
-    if names is not None and len(names) != count:
-        raise ValueError(f"names must have K = {count} entries; got {len(names)}")
-    names = tuple(names) if names is not None else tuple(f"property {k}" for k in range(count))
-
-    def spread(value: float | Tensor | None) -> Tensor:
-        value = torch.tensor(1.0) if value is None else torch.as_tensor(value)
-        return value.detach().to("cpu", torch.float64).broadcast_to(scores.shape)
-
-    score, reference, weight, scale, floor = map(spread, (scores, reference_reward, weights, scale, floor))
+    names = names_of(names, scores.shape[1])
+    score = scores.detach().to("cpu", torch.float64)
+    reference = spread("reference_reward", reference_reward, score)
+    weight, scale, floor = (
+        spread(name, value, score)
+        for name, value in (("weights", weights), ("scale", scale), ("floor", floor))
+    )
     z = (score - reference) / scale
     for k, name in enumerate(names):
         if z[:, k].isnan().all():
@@ -345,8 +343,8 @@ def _together(found: Diagnosis) -> list[str]:
     if len(names) > 1:
         d = found.dependence
         told.append(
-            f"P(all good) is {d.joint:.1%}; {d.product:.1%} if the properties did not go together from sample to "
-            f"sample, {d.weakest:.1%} if they were one judgement"
+            f"P(all good) is {percent(d.joint)}; {percent(d.product)} if the properties did not go together from "
+            f"sample to sample, {percent(d.weakest)} if they were one judgement"
         )
     return told
 

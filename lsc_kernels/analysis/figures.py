@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 FAR = 0.002  # share of the samples on either side that the histograms leave out
 BINS = 50
+MARKERS = "os^Dvxp"  # with the colours, one for each of 32 properties
+ROOMY = 4  # properties of which a panel holds the bars at its usual height
+CROWDED = 16  # more have no numbers beside their bars
 
 
 def diagnosis_figure(found: Diagnosis) -> Any:
     """z, pull, correlation."""
-    figure = new_figure(11, 3.6)
-    margins, pull, together = figure.subplots(1, 3, width_ratios=(1.2, 1, 0.9))
+    extra = extra_height(len(found.properties))  # the matrix grows both ways
+    figure = new_figure(14 + extra, 3.6 + extra)
+    margins, pull, together = figure.subplots(1, 3, width_ratios=(1.2, 1, 0.8 + 0.3 * extra))
     draw_margins(margins, found)
     draw_pull(pull, found)
     draw_correlation(together, found)
@@ -30,7 +34,7 @@ def diagnosis_figure(found: Diagnosis) -> Any:
 
 def frontier_figure(found: Frontier) -> Any:
     """P(all good) of every method; single properties of the first two."""
-    figure = new_figure(9, 3.8)
+    figure = new_figure(11, 3.8 + extra_height(len(found.names)))
     everything, single = figure.subplots(1, 2)
     draw_frontier(everything, found)
     draw_properties(single, found)
@@ -39,11 +43,16 @@ def frontier_figure(found: Frontier) -> Any:
 
 def tilt_figure(found: Tilt) -> Any:
     """Utilities before and after; P(good) beside best-of-n."""
-    figure = new_figure(9, 3.6)
+    figure = new_figure(11, 3.6)
     utilities, good = figure.subplots(1, 2)
     _draw_utilities(utilities, found)
     _draw_best_of(good, found)
     return _open(figure)
+
+
+def extra_height(properties: int) -> float:
+    """Inches by which a row of panels grows with what it shows."""
+    return 0.5 * (min(max(properties, ROOMY), CROWDED) - ROOMY)
 
 
 def draw_margins(axes: Any, found: Diagnosis) -> None:
@@ -72,11 +81,12 @@ def draw_margins(axes: Any, found: Diagnosis) -> None:
             high, 0.99, "saturated ", transform=axes.get_xaxis_transform(), ha="right", va="top", fontsize=8
         )
     axes.set_xlim(low, high)
-    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.set(
         xlabel="z = (score - reference) / scale", ylabel="share of samples", title="Scores and references"
     )
-    axes.legend(frameon=False, loc="upper left", fontsize=8)
+    _legend(axes)
 
 
 def draw_pull(axes: Any, found: Diagnosis) -> None:
@@ -88,24 +98,27 @@ def draw_pull(axes: Any, found: Diagnosis) -> None:
         values = [one.p_good, one.marginal_utility, one.binds, one.gain_uniformity]
         at = places + (k - (len(found.properties) - 1) / 2) * height
         bars = axes.barh(at, values, height=0.92 * height, label=one.name, **bar_style(k))
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        if len(found.properties) <= CROWDED:
+            axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=6.5)
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xticks(np.linspace(0, 1, 5))
-    axes.set(xlim=(0, 1.45), xlabel="share, probability or slope", title="Which property pulls")
-    axes.legend(frameon=False, fontsize=8, loc="center right")  # beyond 1 there are no bars
+    axes.set(xlim=(0, 1.15), xlabel="share, probability or slope", title="Which property pulls")
+    _legend(axes)
 
 
 def draw_correlation(axes: Any, found: Diagnosis) -> None:
-    """Rank correlations as a matrix of numbers on grey."""
+    """Rank correlations as a matrix of numbers on grey; names stand once, or long ones would take all the room."""
     correlation = np.array(found.dependence.correlation)
     names = [one.name for one in found.properties]
     axes.imshow(np.abs(correlation), cmap="Greys", vmin=0, vmax=1.6)
-    for i, row in enumerate(correlation):
-        for j, value in enumerate(row):
-            axes.text(j, i, f"{value:.2f}".replace("-0.00", "0.00"), ha="center", va="center", fontsize=9)
-    axes.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 6 else 0, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    if len(names) <= CROWDED:
+        for i, row in enumerate(correlation):
+            for j, value in enumerate(row):
+                text = f"{value:.2f}".replace("-0.00", "0.00")
+                axes.text(j, i, text, ha="center", va="center", fontsize=9 if len(names) <= ROOMY else 7)
+    axes.set_xticks(range(len(names)), range(1, len(names) + 1))
+    axes.set_yticks(range(len(names)), [f"{name} ({k})" for k, name in enumerate(names, 1)])
     axes.set_title("Rank correlation of z")
 
 
@@ -127,28 +140,30 @@ def draw_frontier(axes: Any, found: Frontier, budget: float | None = None) -> No
         ylabel="P(all good)",
         title="What each reward buys (bands: 2 s.e.)",
     )
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
 
 
 def draw_properties(axes: Any, found: Frontier, budget: float | None = None) -> None:
-    """P(good) of single properties over KL, for the first two methods: solid and dashed."""
-    for line, method in zip(("--", "-"), found.methods[:2], strict=False):
-        points = found.of(method)
-        for k, name in enumerate(found.names):
+    """P(good) of single properties over KL, for the first two methods: dashed and solid."""
+    methods = found.methods[:2]
+    for k, name in enumerate(found.names):
+        style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "markersize": 3}
+        for line, method in zip(("--", "-"), methods, strict=False):
+            points = found.of(method)
             axes.plot(
                 [point.kl for point in points],
                 [point.p_good[k] for point in points],
-                color=COLOURS[k % len(COLOURS)],
                 linestyle=line,
-                marker="os^Dvx"[k % 6],
-                markersize=3,
                 linewidth=1.4,
-                label=f"{name}, {method}",
+                **style,
             )
+        axes.plot([], [], linestyle="", label=name, **style)
+    for line, method in zip(("--", "-"), methods, strict=False):
+        axes.plot([], [], color="0.3", linestyle=line, linewidth=1.4, label=method)
     _mark_budget(axes, budget)
     axes.set_xlim(left=0)
     axes.set(xlabel="KL from the base policy (nats)", ylabel="P(good)", title="Property by property")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
 
 
 def _mark_budget(axes: Any, budget: float | None) -> None:
@@ -175,7 +190,7 @@ def _draw_utilities(axes: Any, found: Tilt) -> None:
     title = f"KL {found.kl:.3g} nats, {found.effective_samples:.3g} of {found.samples:.4g} samples carry it"
     axes.set(xlabel="utility", ylabel="share of samples", title=title)
     axes.title.set_fontsize(10)
-    axes.legend(frameon=False, loc="upper left", fontsize=8)
+    _legend(axes)
 
 
 def _draw_best_of(axes: Any, found: Tilt) -> None:
@@ -199,7 +214,12 @@ def _draw_best_of(axes: Any, found: Tilt) -> None:
         axes.errorbar(found.kl, at, yerr=2 * error, fmt="D", markersize=5, capsize=2, color=style["color"])
     axes.set_xlim(left=0)
     axes.set(xlabel="KL from the base policy (nats)", ylabel="rate", title="Tilt (diamond) beside best-of-n")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Beside the axes, where it hides nothing."""
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 
 
 def _open(figure: Any) -> Any:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lsc_kernels.analysis.report import Report, rich_table
+from lsc_kernels.analysis.operands import names_of, spread
+from lsc_kernels.analysis.report import Report, percent, rich_table
 from lsc_kernels.analysis.tilt import Base, largest_kl, samples_of_base, solve_gamma, standard_error, tilted
+from lsc_kernels.extras import load
 from lsc_kernels.formula import Formula
 from lsc_kernels.ops import _checks
 from lsc_kernels.ops.aggregate_rewards import aggregate_rewards
@@ -22,6 +24,7 @@ METHODS = ("raw", "lsc", "sigmoid", "zscore")
 WITH_SAMPLES = ("quantile", "log_quantile", "exp_quantile")
 FEWEST_EFFECTIVE = 4  # the default budgets stop where about so many samples of a prompt carry the tilt
 DEFAULT_BUDGETS = 12
+SIDE_BY_SIDE = 4  # methods that a terminal of 80 columns has room for
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,22 @@ class Frontier(Report):
         found = {(point.method, point.kl): point for point in self.points}
 
         def cell(point: FrontierPoint | None) -> str:
-            return f"{100 * point.p_all:.1f} / {100 * min(point.p_good):.1f}" if point else "-"
+            shares = (
+                (percent(share).rstrip("%") for share in (point.p_all, min(point.p_good))) if point else "-"
+            )
+            return " / ".join(shares)
 
-        rows = [["0", *[cell(self.base)] * len(self.methods)]]
-        rows += [[f"{kl:.3g}", *(cell(found.get((method, kl))) for method in self.methods)] for kl in budgets]
         title = (
             f"P(all good) / P(worst property) in %, under the best policy at this KL; {self.prompts} "
             f"prompt{'s' * (self.prompts > 1)}, {self.samples:.4g} samples each"
         )
-        return rich_table(title, ["KL", *self.methods], rows)
+        tables = []
+        for first in range(0, len(self.methods), SIDE_BY_SIDE):
+            methods = self.methods[first : first + SIDE_BY_SIDE]
+            rows = [["0", *[cell(self.base)] * len(methods)]]
+            rows += [[f"{kl:.3g}", *(cell(found.get((method, kl))) for method in methods)] for kl in budgets]
+            tables.append(rich_table("" if first else title, ["KL", *methods], rows))
+        return load("rich.console", "reference").Group(*tables)
 
     def figure(self) -> Any:
         """P(all good) over KL for all methods; each property's for the first two. A matplotlib figure.
@@ -167,19 +177,22 @@ def frontier(
     _checks.floating("scores", scores)
     if scores.dim() not in (2, 3) or scores.numel() == 0:
         raise ValueError(f"scores must be [n, K] or [P, n, K], not empty; got {list(scores.shape)}")
+    if isinstance(methods, str) or not methods:
+        raise ValueError(f"methods must be a sequence of names, at least one; got {methods!r}")
     for method in methods:
         if method not in TRANSFORMS:
             raise ValueError(f"methods must be among {', '.join(TRANSFORMS)}; got {method!r}")
     for method in options or {}:
         if method not in methods:
             raise ValueError(f"options: {method!r} is not among the methods, {', '.join(methods)}")
-    count = scores.shape[-1]
-    if names is not None and len(names) != count:
-        raise ValueError(f"names must have K = {count} entries; got {len(names)}")
-    names = tuple(names) if names is not None else tuple(f"property {k}" for k in range(count))
-    given = (reference_reward, weights, scale, floor)
-    scores, *spread = (_spread(value, scores) for value in (scores, *given))
-    reference, factor, scale, floor = spread
+    names = names_of(names, scores.shape[-1])
+    scores = scores.detach().to("cpu", torch.float64)
+    given = {"reference_reward": reference_reward, "weights": weights, "scale": scale, "floor": floor}
+    # in the shape of scores as [P, n, K]
+    reference, factor, scale, floor = (
+        spread(name, value, scores).reshape(-1, *scores.shape[-2:]) for name, value in given.items()
+    )
+    scores = scores.reshape(-1, *scores.shape[-2:])
     missing = scores.isnan().any(-1)
     scores = scores.masked_fill(missing[..., None], math.nan)
     shape: dict[str, Any] = {"scale": scale, "floor": floor}
@@ -216,13 +229,6 @@ def frontier(
     )
 
 
-def _spread(value: float | Tensor | None, scores: Tensor) -> Tensor:
-    """An operand in fp64 on the CPU, in the shape of scores as [P, n, K]."""
-    value = torch.tensor(1.0) if value is None else torch.as_tensor(value)
-    wide = value.detach().to("cpu", torch.float64).broadcast_to(scores.shape)
-    return wide if wide.dim() == 3 else wide[None]
-
-
 def _sum(
     scores: Tensor,
     reference: Tensor,
@@ -257,6 +263,8 @@ def _budgets(base: Base, kl: Sequence[float] | None) -> list[float]:
     if kl is None:
         most = min(5.0, max(0.05, base.counts.log().mean().item() - math.log(FEWEST_EFFECTIVE)))
         return [most * (number / DEFAULT_BUDGETS) ** 2 for number in range(1, DEFAULT_BUDGETS + 1)]
+    if isinstance(kl, str) or not isinstance(kl, Iterable):
+        raise TypeError(f"kl must be a sequence of floats; got {type(kl).__name__}")
     for budget in kl:
         if _checks.number("kl", budget) <= 0:
             raise ValueError(f"kl must be > 0 nats; got {budget}")

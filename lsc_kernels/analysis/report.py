@@ -37,15 +37,31 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
+def percent(share: float) -> str:
+    """As a person reads it: one decimal, and two digits of what is below 1%.
+
+    >>> percent(0.123), percent(0.00042)
+    ('12.3%', '0.042%')
+    """
+    return f"{share:.1%}" if share >= 0.01 or share <= 0 else f"{100 * share:.2g}%"
+
+
 def rich_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    """A table with its first column to the left and numbers to the right.
+    """A table with its first column to the left and numbers to the right. Where it is narrow, names are broken into
+    lines; a number never is, nor cut.
 
     Raises:
         MissingExtra: rich is not installed.
     """
     table = load("rich.table", "reference").Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+        words = " ".join(row[number] for row in rows).split() if number else []
+        table.add_column(
+            heading,
+            justify="right" if number else "left",
+            overflow="fold",
+            min_width=max(map(len, words), default=1),
+        )
     for row in rows:
         table.add_row(*row)
     return table

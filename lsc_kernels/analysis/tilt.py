@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lsc_kernels.analysis.operands import names_of
 from lsc_kernels.analysis.report import Report, rich_table
 from lsc_kernels.ops import _checks
 
@@ -169,7 +170,7 @@ def tilt(
     gamma = _checks.number("gamma", gamma)
     if gamma <= 0:
         raise ValueError(f"gamma must be > 0; got {gamma}")
-    good, names = _properties(p_good, names, utilities.shape)
+    good, names = _properties(p_good, names, utilities)
     good = good.reshape(*base.utilities.shape, len(names))
     rank = _ranks(base)
     log_w, log_z = tilted(base, gamma)
@@ -229,7 +230,7 @@ def best_of_n(utilities: Tensor, n: int, *, p_good: Tensor | None = None) -> Bes
         (0.636, 0.636, 0.8)
     """
     base = samples_of_base(utilities)
-    good, names = _properties(p_good, None, utilities.shape)
+    good, names = _properties(p_good, None, utilities)
     return _best_of(base, n, good.reshape(*base.utilities.shape, len(names)))
 
 
@@ -396,16 +397,20 @@ def _expected(w: Tensor, values: Tensor) -> float:
 
 
 def _properties(
-    p_good: Tensor | None, names: Sequence[str] | None, shape: torch.Size
+    p_good: Tensor | None, names: Sequence[str] | None, utilities: Tensor
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """P(good) [..., K] in fp64, 0 where it is missing, and K names."""
+    """P(good) [..., K] in fp64, 0 where there is no sample, and K names."""
     if p_good is None:
-        p_good = torch.zeros(*shape, 0)
+        if names is not None:
+            raise ValueError(f"names are those of p_good; got {names!r} without p_good")
+        return torch.zeros(*utilities.shape, 0, dtype=torch.float64), ()
     _checks.floating("p_good", p_good)
-    if p_good.shape[:-1] != shape:
+    shape = utilities.shape
+    if p_good.dim() != len(shape) + 1 or p_good.shape[:-1] != shape or p_good.shape[-1] == 0:
         raise ValueError(f"p_good must be [..., K] with utilities {list(shape)}; got {list(p_good.shape)}")
-    count = p_good.shape[-1]
-    if names is not None and len(names) != count:
-        raise ValueError(f"names must have K = {count} entries; got {len(names)}")
-    names = tuple(names) if names is not None else tuple(f"property {k}" for k in range(count))
-    return p_good.detach().to("cpu", torch.float64).nan_to_num(0.0), names
+    good = p_good.detach().to("cpu", torch.float64)
+    good = good.masked_fill(utilities.detach().cpu().isnan()[..., None], 0.0)
+    wrong = good[~((good >= 0) & (good <= 1))]
+    if len(wrong):
+        raise ValueError(f"p_good must be probabilities, in [0, 1]; got {wrong[0].item()}")
+    return good, names_of(names, p_good.shape[-1])

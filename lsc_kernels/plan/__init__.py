@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..extras import load
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"figure: {plot}")
     if args.json is not None:
         try:
-            Path(args.json).write_text(json.dumps(plan.as_dict(), indent=1), encoding="utf-8")
+            Path(args.json).write_text(_as_json(plan.as_dict()), encoding="utf-8")
         except OSError as problem:
             raise UserError(f"--json {args.json}: cannot be written: {problem.strerror}") from problem
     return 0
@@ -139,6 +140,15 @@ def _each(args: argparse.Namespace, option: str, samples: Samples) -> Tensor:
     if given is None:
         given = samples.shape.get(option, (0.0 if option == "floor" else 1.0,))
     return torch.tensor(per_property(given, samples.names, option), dtype=torch.float64)
+
+
+def _as_json(numbers: dict[str, Any]) -> str:
+    """JSON knows neither NaN nor infinity: null."""
+    known = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in numbers.items()
+    }
+    return json.dumps(known, indent=1, allow_nan=False)
 
 
 def _words(text: str) -> tuple[str, ...]:

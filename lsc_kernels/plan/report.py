@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..analysis import Diagnosis, Frontier, FrontierPoint, diagnose, frontier
 from ..analysis.frontier import FEWEST_EFFECTIVE
-from ..analysis.report import Report
+from ..analysis.report import Report, percent
 from .read import Samples
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ class Plan(Report):
                 continue
             worst = min(range(len(point.p_good)), key=point.p_good.__getitem__)
             told.append(
-                f"{method} at KL {self.budget:g}: gamma = {point.gamma:.3g}, P(all good) {base.p_all:.1%} -> "
-                f"{point.p_all:.1%} ± {point.p_all_error:.1%}, worst {self.frontier.names[worst]} "
-                f"{base.p_good[worst]:.1%} -> {point.p_good[worst]:.1%}"
+                f"{method} at KL {self.budget:g}: gamma = {point.gamma:.3g}, P(all good) {percent(base.p_all)} -> "
+                f"{percent(point.p_all)} ± {percent(point.p_all_error)}, worst {self.frontier.names[worst]} "
+                f"{percent(base.p_good[worst])} -> {percent(point.p_good[worst])}"
             )
         told.append("gamma weighs the KL against the utility: it is the beta of token_rewards to begin with")
         if self.pooled and self.prompts > 1:
@@ -103,10 +103,10 @@ class Plan(Report):
         Raises:
             MissingExtra: matplotlib is not installed.
         """
-        from ..analysis.figures import draw_frontier, draw_margins, draw_properties, draw_pull
+        from ..analysis.figures import draw_frontier, draw_margins, draw_properties, draw_pull, extra_height
         from ..plotting import new_figure
 
-        figure = new_figure(10, 7.2)
+        figure = new_figure(12, 7.2 + 2 * extra_height(len(self.frontier.names)))
         (margins, pull), (everything, single) = figure.subplots(2, 2)
         draw_margins(margins, self.diagnosis)
         draw_pull(pull, self.diagnosis)
