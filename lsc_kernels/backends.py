@@ -117,17 +117,17 @@ def _check_environment() -> None:
         raise ValueError(_environment_error)
 
 
-def select(op: str, *tensors: torch.Tensor | None) -> ModuleType:
-    """The module that serves ``op`` for these tensors (all on one device, which the op has checked)."""
+def select(op: str, *operands: object) -> ModuleType:
+    """The module that serves ``op`` for the tensors among its operands (all on one device: the op has checked)."""
     if _environment_error is not None:
         _check_environment()
     device_type = "cpu"
-    for tensor in tensors:
-        if tensor is not None:
-            if tensor.dtype is torch.float64:
+    for operand in operands:
+        if isinstance(operand, torch.Tensor):
+            if operand.dtype is torch.float64:
                 return eager.OPS[op]
-            if not tensor.is_cpu:
-                device_type = tensor.device.type
+            if not operand.is_cpu:
+                device_type = operand.device.type
     if device_type not in _serving:
         _decide(device_type)
     kernels = _serving[device_type]

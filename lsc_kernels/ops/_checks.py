@@ -40,6 +40,24 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; got {value.device}")
 
 
+def like(
+    name: str, value: Tensor, wanted: Sequence[int], meaning: str, other_name: str, other: Tensor
+) -> None:
+    """A tensor of the wanted shape, on the device of another."""
+    if value.shape != wanted:
+        shape(name, value, wanted, meaning)
+    if value.device != other.device:
+        same_device(name, value, other_name, other)
+
+
+def rows_of(name: str, logits: Tensor) -> torch.Size:
+    """The shape of logits [..., V] without V, which is not 0."""
+    sizes = logits.shape
+    if len(sizes) == 0 or sizes[-1] == 0:
+        raise ValueError(f"{name} must be [..., V] with V > 0; got {list(sizes)}")
+    return sizes[:-1]
+
+
 def mask(
     name: str, value: object, wanted: Sequence[int], meaning: str, device: torch.device
 ) -> Tensor | None:

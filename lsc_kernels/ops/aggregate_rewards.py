@@ -170,7 +170,8 @@ def aggregate_rewards(
     if scores.dim() == 0:
         raise ValueError("scores must be [..., K]; got a scalar")
     device = scores.device
-    names = check_properties(scores.shape[-1], names, missing, device)
+    columns = scores.shape[-1]
+    names = check_properties(columns, names, missing, device)
     reference_reward = operand("reference_reward", reference_reward, device)
     scale = operand("scale", scale, device)
     floor = operand("floor", floor, device)
@@ -178,21 +179,17 @@ def aggregate_rewards(
         _checks.floating("weights", weights)
         _checks.same_device("weights", weights, "scores", scores)
     program, read, weights = logic_of(formula, names, scores, weights)
-    given = tensors(reference_reward, scale, floor, weights)
-    if given:
-        operands = {"reference_reward": reference_reward, "scale": scale, "floor": floor, "weights": weights}
-        columns = scores.shape[-1]
-        scores, (reference_reward, scale, floor, weights) = spread("scores", scores, operands)
-        if scores.shape[-1] != columns:
-            raise ValueError(
-                "scores must have one column per property: what is broadcast against it has "
-                f"{scores.shape[-1]}; got {columns}"
-            )
-        given = tensors(reference_reward, scale, floor, weights)
+    operands = {"reference_reward": reference_reward, "scale": scale, "floor": floor, "weights": weights}
+    scores, (reference_reward, scale, floor, weights) = spread("scores", scores, operands)
+    if scores.shape[-1] != columns:
+        raise ValueError(
+            "scores must have one column per property: what is broadcast against it has "
+            f"{scores.shape[-1]}; got {columns}"
+        )
     if missing == "raise":
         check_present(scores, read)
 
-    kernels = select("aggregate_rewards", scores, *given)
+    kernels = select("aggregate_rewards", scores, reference_reward, scale, floor, weights)
     arguments = (scores, reference_reward, scale, floor, weights, missing == "ignore", program)
     if wants_grad(*arguments):
         result: Tensor = _apply(kernels, *arguments)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lsc_kernels.backends import select
 from lsc_kernels.eager.bradley_terry_loss import REDUCTIONS
 from lsc_kernels.ops import _checks
-from lsc_kernels.ops._autograd import first_derivative
+from lsc_kernels.ops._autograd import first_derivative, quick_apply
 from lsc_kernels.ops.lsc_transform import save_operands, saved_operands, tensors, wants_grad
 
 
@@ -62,8 +62,7 @@ def bradley_terry_loss(
     """
     _checks.floating("chosen", chosen)
     _checks.floating("rejected", rejected)
-    _checks.shape("rejected", rejected, chosen.shape, "chosen")
-    _checks.same_device("rejected", rejected, "chosen", chosen)
+    _checks.like("rejected", rejected, chosen.shape, "chosen", "chosen", chosen)
     margin = _margin(margin, chosen)
     center = _checks.number("center", center)
     if center < 0:
@@ -71,9 +70,9 @@ def bradley_terry_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 
-    kernels = select("bradley_terry_loss", *tensors(chosen, rejected, margin))
+    kernels = select("bradley_terry_loss", chosen, rejected, margin)
     if wants_grad(chosen, rejected, margin):
-        result: Tensor = _BradleyTerryLoss.apply(kernels, chosen, rejected, margin, center, reduction)
+        result: Tensor = _apply(kernels, chosen, rejected, margin, center, reduction)
     else:
         result = kernels.forward(chosen, rejected, margin, center, reduction)
     return result
@@ -119,3 +118,6 @@ class _BradleyTerryLoss(torch.autograd.Function):
         sources = (grad, *tensors(*operands))
         marked = (first_derivative("bradley_terry_loss", each, *sources) for each in gradients)
         return None, *marked, None, None
+
+
+_apply = quick_apply(_BradleyTerryLoss)

@@ -108,12 +108,10 @@ def gae(
     """
     sequences = check_sequences(rewards, mask, cu_seqlens)
     _checks.floating("values", values)
-    _checks.shape("values", values, rewards.shape, "rewards")
-    _checks.same_device("values", values, "rewards", rewards)
+    _checks.like("values", values, rewards.shape, "rewards", "rewards", rewards)
     if bootstrap is not None:
         _checks.floating("bootstrap", bootstrap)
-        _checks.shape("bootstrap", bootstrap, (sequences,), "one value per sequence")
-        _checks.same_device("bootstrap", bootstrap, "rewards", rewards)
+        _checks.like("bootstrap", bootstrap, (sequences,), "one value per sequence", "rewards", rewards)
     options = GaeOptions(_checks.fraction("gamma", gamma), _checks.fraction("lam", lam), check_holes(holes))
 
     kernels = select("gae", rewards, values, bootstrap)

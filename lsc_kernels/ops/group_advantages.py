@@ -120,8 +120,7 @@ def _ids(group: object, utility: Tensor) -> Tensor:
     if not isinstance(group, Tensor):
         raise TypeError(f"group must be a tensor of ids or a group size; got {type(group).__name__}")
     ids = _checks.integer("group", group)
-    _checks.shape("group", ids, utility.shape[:1], "one id per row of utility")
-    _checks.same_device("group", ids, "utility", utility)
+    _checks.like("group", ids, utility.shape[:1], "one id per row of utility", "utility", utility)
     return ids
 
 
@@ -131,8 +130,7 @@ def _weights(weights: object, utility: Tensor) -> Tensor | None:
     if isinstance(weights, (list, tuple)):
         weights = torch.tensor(weights, dtype=torch.float64, device=utility.device)
     tensor = _checks.floating("weights", weights)
-    _checks.shape("weights", tensor, utility.shape[1:], "one weight per property")
-    _checks.same_device("weights", tensor, "utility", utility)
+    _checks.like("weights", tensor, utility.shape[1:], "one weight per property", "utility", utility)
     _checks.no_grad("weights", tensor)
     return tensor
 

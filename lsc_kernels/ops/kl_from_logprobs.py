@@ -86,8 +86,7 @@ def kl_from_logprobs(
     """
     _checks.floating("logprobs", logprobs)
     _checks.floating("ref_logprobs", ref_logprobs)
-    _checks.shape("ref_logprobs", ref_logprobs, logprobs.shape, "logprobs")
-    _checks.same_device("ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    _checks.like("ref_logprobs", ref_logprobs, logprobs.shape, "logprobs", "logprobs", logprobs)
     counted = _checks.counted("mask", mask, logprobs.shape, "logprobs", logprobs.device)
     old_logprobs = _checks.old_logprobs(old_logprobs, logprobs.shape, "logprobs", logprobs.device)
     options = kl_options(kl, grad, log_ratio_clamp, kl_clamp, KINDS)

@@ -60,14 +60,11 @@ def spread(name: str, tensor: Tensor, operands: dict[str, Any]) -> tuple[Tensor,
     differentiated by PyTorch, so that backends reduce gradients in these forms only.
     """
     shape = tensor.shape
+    all_fit = True
     for operand_name, value in operands.items():
-        if (
-            not isinstance(value, Tensor)
-            or value.dim() == 0
-            or value.shape == shape[-1:]
-            or value.shape == shape
-        ):
+        if _fits(value, shape):
             continue
+        all_fit = False
         try:
             shape = torch.broadcast_shapes(shape, value.shape)
         except RuntimeError:
@@ -75,20 +72,24 @@ def spread(name: str, tensor: Tensor, operands: dict[str, Any]) -> tuple[Tensor,
             raise ValueError(
                 f"{operand_name} must broadcast against {name}, {list(tensor.shape)}; got {got}"
             ) from None
+    values = list(operands.values())
+    if all_fit:
+        return tensor, values
 
     def form(value: Any) -> Any:
-        if (
-            not isinstance(value, Tensor)
-            or value.dim() == 0
-            or value.shape == shape[-1:]
-            or value.shape == shape
-        ):
+        if _fits(value, shape):
             return value
         return value.reshape(()) if value.numel() == 1 else value.expand(shape)
 
-    return tensor if tensor.shape == shape else tensor.expand(shape), [
-        form(value) for value in operands.values()
-    ]
+    return tensor if tensor.shape == shape else tensor.expand(shape), [form(value) for value in values]
+
+
+def _fits(value: Any, shape: torch.Size) -> bool:
+    """Whether an operand has one of the forms that backends take beside a tensor of this shape."""
+    if not isinstance(value, Tensor):
+        return True
+    sizes = value.shape
+    return len(sizes) == 0 or sizes == shape or sizes == shape[-1:]
 
 
 def wants_grad(*operands: object) -> bool:
@@ -151,7 +152,7 @@ def lsc_transform(
         operands = {"reference_reward": reference_reward, "scale": scale, "floor": floor}
         reward, (reference_reward, scale, floor) = spread("reward", reward, operands)
 
-    kernels = select("lsc_transform", *tensors(reward, reference_reward, scale, floor))
+    kernels = select("lsc_transform", reward, reference_reward, scale, floor)
     if wants_grad(reward, reference_reward, scale):
         result: Tensor = _apply(kernels, reward, reference_reward, scale, floor)
     else:

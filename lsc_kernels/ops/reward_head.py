@@ -212,8 +212,9 @@ def _check_positions(
         )
     if index is not None:
         places = _checks.integer(f"index{which}", index)
-        _checks.shape(f"index{which}", places, hidden.shape[:1], "one position per sequence")
-        _checks.same_device(f"index{which}", places, f"hidden{which}", hidden)
+        _checks.like(
+            f"index{which}", places, hidden.shape[:1], "one position per sequence", f"hidden{which}", hidden
+        )
     _checks.mask(
         f"attention_mask{which}", attention_mask, hidden.shape[:-1], f"hidden{which} without H", hidden.device
     )

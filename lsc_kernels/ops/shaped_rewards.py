@@ -203,15 +203,13 @@ def _policy_side(
     if first.dim() != wanted or (from_logits and first.shape[-1] == 0):
         form = "[B, T, V] with V > 0" if from_logits else "[B, T]"
         raise ValueError(f"{names[0]} must be {form}; got {list(first.shape)}")
-    _checks.shape(names[1], second, first.shape, names[0])
-    _checks.same_device(names[1], second, names[0], first)
+    _checks.like(names[1], second, first.shape, names[0], names[0], first)
     per_token = first.shape[:2]
     given = _checks.mask("mask", mask, per_token, "[B, T]", first.device)
     if not from_logits:
         return PolicySide(first, second, None, given, None, 1.0, None, None), per_token
     ids = _checks.integer("actions", actions)
-    _checks.shape("actions", ids, per_token, "[B, T]")
-    _checks.same_device("actions", ids, "policy", first)
+    _checks.like("actions", ids, per_token, "[B, T]", "policy", first)
     tau = _checks.temperature(temperature, ids, given, first.device)
     return PolicySide(first, second, ids, given, None, tau, None, None), per_token
 
@@ -221,12 +219,10 @@ def _check_placement(
 ) -> None:
     if index is not None:
         _checks.integer("placement_index", index)
-        _checks.shape("placement_index", index, per_token[:1], "[B]")
-        _checks.same_device("placement_index", index, "policy", policy)
+        _checks.like("placement_index", index, per_token[:1], "[B]", "policy", policy)
     if dense is not None:
         _checks.floating("dense", dense)
-        _checks.shape("dense", dense, per_token, "[B, T]")
-        _checks.same_device("dense", dense, "policy", policy)
+        _checks.like("dense", dense, per_token, "[B, T]", "policy", policy)
 
 
 def _aggregation(

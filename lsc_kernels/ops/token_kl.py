@@ -102,17 +102,16 @@ def token_kl(
     _checks.floating("policy_logits", policy_logits)
     _checks.floating("ref_logits", ref_logits)
     _checks.integer("actions", actions)
-    if policy_logits.dim() == 0 or policy_logits.shape[-1] == 0:
-        raise ValueError(f"policy_logits must be [..., V] with V > 0; got {list(policy_logits.shape)}")
-    _checks.shape("ref_logits", ref_logits, policy_logits.shape, "policy_logits")
-    _checks.same_device("ref_logits", ref_logits, "policy_logits", policy_logits)
-    rows = policy_logits.shape[:-1]
-    _checks.shape("actions", actions, rows, "policy_logits without its last dimension")
-    _checks.same_device("actions", actions, "policy_logits", policy_logits)
-    counted = _checks.counted("mask", mask, rows, "actions", policy_logits.device)
-    temperature = _checks.temperature(temperature, actions, counted, policy_logits.device)
+    rows, device = _checks.rows_of("policy_logits", policy_logits), policy_logits.device
+    _checks.like(
+        "ref_logits", ref_logits, policy_logits.shape, "policy_logits", "policy_logits", policy_logits
+    )
+    meaning = "policy_logits without its last dimension"
+    _checks.like("actions", actions, rows, meaning, "policy_logits", policy_logits)
+    counted = _checks.counted("mask", mask, rows, "actions", device)
+    temperature = _checks.temperature(temperature, actions, counted, device)
     options = kl_options(kl, grad, log_ratio_clamp, kl_clamp, KINDS)
-    old_logprobs = _checks.old_logprobs(old_logprobs, rows, "actions", policy_logits.device)
+    old_logprobs = _checks.old_logprobs(old_logprobs, rows, "actions", device)
     _checks.no_process_group(process_group)
 
     kernels = select("token_kl", policy_logits, ref_logits)

@@ -61,11 +61,8 @@ def token_logprobs(
     """
     _checks.floating("logits", logits)
     _checks.integer("actions", actions)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must be [..., V] with V > 0; got {list(logits.shape)}")
-    rows = logits.shape[:-1]
-    _checks.shape("actions", actions, rows, "logits without its last dimension")
-    _checks.same_device("actions", actions, "logits", logits)
+    rows = _checks.rows_of("logits", logits)
+    _checks.like("actions", actions, rows, "logits without its last dimension", "logits", logits)
     counted = _checks.counted("mask", mask, rows, "actions", logits.device)
     temperature = _checks.temperature(temperature, actions, counted, logits.device)
     _checks.no_process_group(process_group)

@@ -94,17 +94,14 @@ def token_rewards(
     _checks.floating("kl", kl)
     if kl.dim() != 2:
         raise ValueError(f"kl must be [B, T]; got {list(kl.shape)}")
-    _checks.shape("utility", utility, kl.shape[:1], "one utility per row of kl")
-    _checks.same_device("utility", utility, "kl", kl)
+    _checks.like("utility", utility, kl.shape[:1], "one utility per row of kl", "kl", kl)
     _checks.mask("mask", mask, kl.shape, "kl", kl.device)
     if index is not None:
         _checks.integer("index", index)
-        _checks.shape("index", index, kl.shape[:1], "one position per row of kl")
-        _checks.same_device("index", index, "kl", kl)
+        _checks.like("index", index, kl.shape[:1], "one position per row of kl", "kl", kl)
     if dense is not None:
         _checks.floating("dense", dense)
-        _checks.shape("dense", dense, kl.shape, "kl")
-        _checks.same_device("dense", dense, "kl", kl)
+        _checks.like("dense", dense, kl.shape, "kl", "kl", kl)
     options = reward_options(beta, placement, index, utility_clip)
 
     kernels = select("token_rewards", utility, kl, dense)
