@@ -165,10 +165,10 @@ class Teller:
         self._say(
             f"{shape.rows} tokens, vocabulary {shape.vocab}, KL of {min(kls):.0e} to {max(kls):.0e} nats, as "
             "after a first training step. Error: the largest of a row against fp64, relative to the mean KL; "
-            "where it nears 1, no digit is right. lsc_kernels gives both log-probabilities and the entropy "
-            "in the same pass."
+            "where it nears 1, no digit is right. Memory: the forward pass's, beside its inputs. lsc_kernels gives "
+            "both log-probabilities and the entropy in the same pass."
         )
-        table = _table("KL", "", "forward", "", "+ backward", "", "error", "extra memory")
+        table = _table("KL", "", "forward", "", "+ backward", "", "error", "memory")
         table.columns[1].justify = "left"
         previous = None
         for cell in cells:
