@@ -16,7 +16,7 @@ static Tensor kl_from_logprobs_forward(
   const Tensor policy = dense(logprobs), ref = dense(ref_logprobs);
   const auto counted = dense(mask), old = dense(old_logprobs);
   const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
-  const Tensor kl = empty(policy.sizes(), torch::headeronly::ScalarType::Float);
+  const Tensor kl = empty_large(policy.sizes(), torch::headeronly::ScalarType::Float);
   auto* forward = LSC_DISPATCH_ISA(kl_forward);
   torch::stable::parallel_for(0, kl.numel(), kTokensPerTask, [&](int64_t begin, int64_t end) {
     forward(static_cast<float*>(policy.data_ptr()), static_cast<float*>(ref.data_ptr()), data_or_null<bool>(counted), options,
@@ -31,8 +31,8 @@ static std::tuple<Tensor, Tensor> kl_from_logprobs_backward(
   const Tensor upstream = dense(grad), policy = dense(logprobs), ref = dense(ref_logprobs);
   const auto counted = dense(mask), old = dense(old_logprobs);
   const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
-  const Tensor to_logprobs = empty(policy.sizes(), torch::headeronly::ScalarType::Float);
-  const Tensor to_ref = empty(policy.sizes(), torch::headeronly::ScalarType::Float);
+  const Tensor to_logprobs = empty_large(policy.sizes(), torch::headeronly::ScalarType::Float);
+  const Tensor to_ref = empty_large(policy.sizes(), torch::headeronly::ScalarType::Float);
   auto* backward = LSC_DISPATCH_ISA(kl_backward);
   torch::stable::parallel_for(0, upstream.numel(), kTokensPerTask, [&](int64_t begin, int64_t end) {
     backward(static_cast<float*>(upstream.data_ptr()), static_cast<float*>(policy.data_ptr()), static_cast<float*>(ref.data_ptr()),
