@@ -191,7 +191,7 @@ LSC_DEVICE void scan_sequence(const ScanArguments& a) {
     end = last_counted<kScanThreads>(memory.last, a.mask, a.places.bounds ? own.start : own.sequence, own.length);
   }
   double x = 0;
-  if (a.bootstrap.data) x = times(a.recursion.gamma, load_one(a.bootstrap.dtype, a.bootstrap.data, own.sequence));
+  if (a.bootstrap.data) x = times(a.recursion.gamma, double(load_one(a.bootstrap.dtype, a.bootstrap.data, own.sequence)));
   if (a.phase == Phase::apply) {
     const Affine* parts = a.parts + own.part;
     x = kForward ? through_parts<true>(memory, parts, own.last + 1, own.tiles, x) : through_parts<false>(memory, parts, 0, own.first, x);

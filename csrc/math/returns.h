@@ -8,24 +8,35 @@
 
 #include "math/fn.h"
 #include "math/holes.h"
+#include "math/one_lane.h"
 
 namespace lsc {
 namespace LSC_ISA {
 
-// A coefficient of 0 takes nothing, not even NaN.
-LSC_FN inline double times(double coefficient, double x) { return coefficient == 0 ? 0.0 : coefficient * x; }
+// V is double, or a vector of them: what it needs is in math/one_lane.h. A coefficient of 0 takes nothing, not even NaN.
+template <typename V>
+LSC_FN inline V times(V coefficient, V x) {
+  return select(coefficient == V(0.0), V(0.0), coefficient * x);
+}
 
 // x -> factor x + term, factor >= 0.
-struct Affine {
-  double factor, term;
+template <typename V>
+struct AffineOf {
+  V factor, term;
 };
+using Affine = AffineOf<double>;
 
-LSC_FN inline double applied(const Affine& map, double x) { return map.term + times(map.factor, x); }
+template <typename V>
+LSC_FN inline V applied(const AffineOf<V>& map, V x) {
+  return map.term + times(map.factor, x);
+}
 
 // First the inner map, then the outer. A product that underflows still takes NaN.
-LSC_FN inline Affine composed(const Affine& inner, const Affine& outer) {
-  const double product = outer.factor * inner.factor;
-  const double factor = outer.factor == 0 || inner.factor == 0 ? 0.0 : product < 0x1p-1022 ? 0x1p-1022 : product;
+template <typename V>
+LSC_FN inline AffineOf<V> composed(const AffineOf<V>& inner, const AffineOf<V>& outer) {
+  const V zero(0.0), smallest(0x1p-1022), product = outer.factor * inner.factor;
+  const auto nothing = either(outer.factor == zero, inner.factor == zero);
+  const V factor = select(nothing, zero, select(product < smallest, smallest, product));
   return {factor, applied(outer, inner.term)};
 }
 
@@ -36,7 +47,12 @@ struct Recursion {
       : gamma(discount), of_return(discount * lam), of_value(discount * (1.0 - lam)),
         of_hole(holes == Holes::skip ? 1.0 : holes == Holes::zero ? of_return : 0.0) {}
 
-  LSC_FN Affine counted(double reward, double value) const { return {of_return, times(of_return, reward) + times(of_value, value)}; }
+  // What a counted position adds to what it passes on.
+  template <typename V>
+  LSC_FN V term(V reward, V value) const {
+    return times(V(of_return), reward) + times(V(of_value), value);
+  }
+  LSC_FN Affine counted(double reward, double value) const { return {of_return, term(reward, value)}; }
   LSC_FN Affine counted_backward(double upstream) const { return {of_return, upstream}; }
   LSC_FN Affine hole() const { return {of_hole, 0.0}; }
 };

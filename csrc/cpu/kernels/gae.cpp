@@ -1,17 +1,24 @@
 // gae: one pass over rewards, values and mask from the last counted position backwards, one write of both results; the
 // gradients run the same way forwards.
 //
-//     R_t = r_t + k V_n + c R_n,  A_t = R_t - V_t        c = gamma lam,  k = gamma (1 - lam),  n the next counted position
+// Design constraint: a sequence may stand alone, so the lanes of a vector are kLanes positions of one sequence. What they pass
+// on is composed by doubling (math/returns.h), which leaves one multiply-add per vector in the chain from vector to vector.
+// Where nothing is left out all factors are one constant, and R itself is what is summed:
+//
+//     R_t = (r_t + k V_t+1) + c R_t+1
 //
 // The recursion is carried in fp64: a float chain of 32768 steps may be off by more than 1e-5 of its largest partial sum.
-// Where a tile has no holes it is taken in vectors: each position first gathers the kLanes terms from itself on, by doubling,
-// and then only the sum kLanes positions on is missing.
 #include "cpu/kernels/gae.h"
 
 #include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <utility>
 
+#include "cpu/kernels/doubles.h"
 #include "cpu/kernels/mask_reader.h"
 #include "cpu/kernels/tiles.h"
+#include "math/returns.h"
 
 namespace lsc {
 namespace LSC_ISA {
@@ -19,7 +26,7 @@ namespace LSC_ISA {
 namespace {
 
 constexpr int kTile = 512;
-constexpr int kLanes = 8;  // sums that are carried side by side where no position is left out
+constexpr int kLanes = Doubles::kLanes;
 
 struct Sequence {
   int64_t start, length;  // tokens
@@ -31,82 +38,161 @@ Sequence sequence(const SequenceRows& rows, int64_t b) {
   return {rows.bounds[b], rows.bounds[b + 1] - rows.bounds[b], rows.bounds[b]};
 }
 
-// a b + c
-inline double multiply_add(double a, double b, double c) {
-#if defined(__FMA__)
-  return __builtin_fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-// What a step takes from the one after it. A coefficient of 0 takes nothing, not even NaN.
-struct Carry {
-  double of_return, of_value;
-  bool with_return, with_value;
-  Holes holes;
-  double next_return = 0, next_value = 0;
-
-  explicit Carry(const GaeRules& rules)
-      : of_return(rules.gamma * rules.lam), of_value(rules.gamma * (1.0 - rules.lam)),
-        with_return(of_return != 0), with_value(of_value != 0), holes(rules.holes) {}
-
-  void set(double total, double value) {
-    next_return = with_return ? total : 0.0;
-    next_value = with_value ? value : 0.0;
+// Vectors of a sequence taken from its end, or from its beginning: what comes before a lane stands in the lanes above it, or below.
+template <bool kFromEnd>
+struct Order {
+  // Each lane from n positions before it; the first n from `start`.
+  template <int n>
+  static Doubles before(Doubles lanes, Doubles start) {
+    if constexpr (kFromEnd) return window<n>(lanes, start);
+    return window<kLanes - n>(start, lanes);
   }
-  double step(double reward, double value) {
-    const double total = multiply_add(of_return, next_return, multiply_add(of_value, next_value, reward));
-    set(total, value);
-    return total;
-  }
-  void hole() {
-    if (holes == Holes::zero) step(0.0, 0.0);
-    if (holes == Holes::cut) set(0.0, 0.0);
-  }
+  // The lane that comes last, in all lanes.
+  static Doubles last(Doubles lanes) { return repeated_end<!kFromEnd>(lanes); }
+  static int lane(int turn) { return kFromEnd ? kLanes - 1 - turn : turn; }
 };
 
-struct Tile {
-  alignas(64) float reward[kTile], value[kTile + kLanes] = {};  // one more value: the next one
-  uint8_t counted[kTile];
-  alignas(64) double total[kTile + kLanes];
-};
-
-// total[i] += factor total[i + 1], from the last to the first
-void accumulate(double* total, int n, double factor) {
-  std::fill_n(total + n, kLanes, 0.0);
-  for (int reach = 1; reach < kLanes; reach *= 2, factor *= factor) {
-    for (int i = 0; i < n; ++i) total[i] = multiply_add(factor, total[i + reach], total[i]);
-  }
-  for (int i = (n - 1) / kLanes * kLanes - kLanes; i >= 0; i -= kLanes) {
-    for (int j = 0; j < kLanes; ++j) total[i + j] = multiply_add(factor, total[i + kLanes + j], total[i + j]);
-  }
-}
-
-void dense_steps(Tile& tile, int n, Carry& carry) {
-  double* total = tile.total;
-  tile.value[n] = float(carry.next_value);  // it was a float
-  if (carry.with_value) {
-    for (int i = 0; i < n; ++i) total[i] = multiply_add(carry.of_value, tile.value[i + 1], tile.reward[i]);
-  } else {
-    for (int i = 0; i < n; ++i) total[i] = tile.reward[i];
-  }
-  if (carry.with_return) {
-    total[n - 1] = multiply_add(carry.of_return, carry.next_return, total[n - 1]);
-    accumulate(total, n, carry.of_return);
-  }
-  carry.set(total[0], tile.value[0]);
-}
-
-// Leaves 0 in the total and in the value of a position that does not count.
-void steps_over_holes(Tile& tile, int n, Carry& carry) {
-  for (int i = n - 1; i >= 0; --i) {
-    if (tile.counted[i]) {
-      tile.total[i] = carry.step(tile.reward[i], tile.value[i]);
-    } else {
-      carry.hole();
-      tile.total[i] = 0, tile.value[i] = 0;
+// x_i = term_i + factor x_i-1, vector by vector.
+template <bool kFromEnd>
+class Sum {
+ public:
+  explicit Sum(double factor) : factor_(factor), powers_(0.0) {
+    const Affine one{factor, 0.0};
+    Affine power = one;
+    for (int i = 0; i < kLanes; ++i, power = composed(power, one)) {
+      powers_.v[order::lane(i)] = power.factor;
+      if (i < 4) power_[i] = Doubles(power.factor);
     }
+    all_ = order::last(powers_);
+  }
+
+  // The next kLanes of them, after x; x becomes the last.
+  Doubles next(Doubles term, Doubles& x) const {
+    if (factor_ == 0) {
+      x = order::last(term);
+      return term;
+    }
+    const Doubles zero(0.0);
+    term = fma(power_[0], order::template before<1>(term, zero), term);
+    if constexpr (kLanes > 2) term = fma(power_[1], order::template before<2>(term, zero), term);
+    if constexpr (kLanes > 4) term = fma(power_[3], order::template before<4>(term, zero), term);
+    const Doubles sums = fma(powers_, x, term);
+    x = fma(all_, x, order::last(term));  // the bits of the last of them, sooner
+    return sums;
+  }
+
+ private:
+  using order = Order<kFromEnd>;
+  double factor_;
+  Doubles power_[4];      // of 1, 2, 3, 4 positions
+  Doubles powers_, all_;  // of the positions up to each lane, and of all
+};
+
+// What positions are passed, and what they pass on.
+struct Passed {
+  Doubles to, on;
+};
+
+// The maps of positions of which some do not count, vector by vector.
+template <bool kFromEnd>
+class Chain {
+ public:
+  explicit Chain(const Recursion& rule)
+      : of_return_(rule.of_return), of_hole_(rule.of_hole),
+        factors_may_vanish_(rule.of_hole == 0 || std::pow(rule.of_return, kLanes) < 0x1p-1022) {}
+
+  // `term` is what each position adds to what it passes on, `passed` what the vector is passed.
+  template <bool kMayVanish>
+  Passed next(Doubles term, Chosen counted, Doubles& passed) const {
+    Map map{select(counted, of_return_, of_hole_), select(counted, term, Doubles(0.0))};
+    map = after<kMayVanish>(before<1>(map), map);
+    if constexpr (kLanes > 2) map = after<kMayVanish>(before<2>(map), map);
+    if constexpr (kLanes > 4) map = after<kMayVanish>(before<4>(map), map);
+    const Doubles on = kMayVanish ? applied(map, passed) : fma(map.factor, passed, map.term);
+    const Passed result{order::template before<1>(on, passed), on};
+    passed = order::last(on);
+    return result;
+  }
+
+  bool factors_may_vanish() const { return factors_may_vanish_; }
+
+ private:
+  using order = Order<kFromEnd>;
+  using Map = AffineOf<Doubles>;
+
+  template <int n>
+  static Map before(const Map& maps) {
+    return {order::template before<n>(maps.factor, Doubles(1.0)), order::template before<n>(maps.term, Doubles(0.0))};
+  }
+  template <bool kMayVanish>
+  static Map after(const Map& inner, const Map& outer) {
+    if constexpr (kMayVanish) return composed(inner, outer);
+    return {outer.factor * inner.factor, fma(outer.factor, inner.term, outer.term)};
+  }
+
+  Doubles of_return_, of_hole_;
+  bool factors_may_vanish_;
+};
+
+// A stretch of a sequence in whole vectors, from where the chain begins; what is left of the last vector is read by nothing.
+template <bool kFromEnd>
+struct Tile {
+  alignas(64) float first[kTile + Vec::kLanes] = {}, second[kTile + Vec::kLanes] = {};
+  alignas(64) float results[2][kTile];
+  alignas(64) uint8_t counted[kTile] = {};
+  int offset, n, size;
+  bool dense;
+
+  void place(const MaskRows& mask, int64_t mask_row, int64_t position, int count) {
+    n = count, size = (n + kLanes - 1) / kLanes * kLanes;
+    offset = kFromEnd ? size - n : 0;
+    dense = read_counted(mask, mask_row, position, n, counted + offset) == n;
+  }
+
+  // Calls each(place) for the vectors, in order.
+  template <typename Each>
+  void vectors(const Each& each) const {
+    for (int done = 0; done < size; done += kLanes) each(kFromEnd ? size - kLanes - done : done);
+  }
+
+  // Where some do not count: term(place) of each vector, and of(place, what it is passed and passes on), its results.
+  template <typename Term, typename Of>
+  void over_holes(const Chain<kFromEnd>& chain, double& passed, const Term& term, const Of& of) {
+    Doubles now(passed);
+    const auto run = [&](auto may_vanish) {
+      vectors([&](int at) {
+        const Chosen kept = load_chosen(counted + at);
+        const auto [one, other] = of(at, chain.template next<decltype(may_vanish)::value>(term(at), kept, now));
+        write(at, select(kept, one, Doubles(0.0)), select(kept, other, Doubles(0.0)));
+      });
+    };
+    chain.factors_may_vanish() ? run(std::true_type()) : run(std::false_type());
+    passed = now.v[0];
+  }
+
+  // To the n places from `at` on.
+  void copy_results(int64_t at, float* one, float* other) const {
+    std::copy_n(results[0] + offset, n, one + at);
+    if (other) std::copy_n(results[1] + offset, n, other + at);
+  }
+
+  void write(int at, Doubles one, Doubles other) { store_rounded(results[0] + at, one), store_rounded(results[1] + at, other); }
+};
+
+// The hardware fetches ahead upwards; tiles of a sequence that is read from its end come downwards.
+void prefetch(const TypedData& tensor, int64_t first, int n) {
+  if (!tensor.data) return;
+  const int bytes = tensor.dtype == DType::float32 ? 4 : 2;
+  const char* from = static_cast<const char*>(tensor.data) + first * bytes;
+  for (int i = 0; i < n * bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+// `out` has room for whole vectors; 0 where there is nothing to bring.
+void bring(const float* from, int64_t at, int n, float* out) {
+  if (from) {
+    load_tile(from + at, n, out);
+  } else {
+    std::fill_n(out, n, 0.0f);
   }
 }
 
@@ -114,64 +200,95 @@ void steps_over_holes(Tile& tile, int n, Carry& carry) {
 
 void gae_forward(
     const SequenceRows& rows, const GaeRules& rules, const GaeInputs& in, float* advantages, float* returns, int64_t begin, int64_t end) {
-  Tile tile;
+  const Recursion rule(rules.gamma, rules.lam, rules.holes);
+  const Sum<true> sum(rule.of_return);
+  const Chain<true> chain(rule);
+  const Doubles zero(0.0), of_return(rule.of_return), of_value(rule.of_value);
+  Tile<true> tile;
+  const auto reward = [&](int at) { return load_doubles(tile.first + at); };
+  const auto value = [&](int at) { return load_doubles(tile.second + at); };
+  const auto over_all = [&](double& passed) {
+    tile.second[tile.size] = 0;  // the value after the tile is in what is passed
+    Doubles total = zero, into_first = Order<true>::before<1>(zero, Doubles(passed));
+    tile.vectors([&](int at) {
+      Doubles term = reward(at) + into_first;
+      if (rule.of_value != 0) term = fma(of_value, value(at + 1), term);
+      const Doubles totals = sum.next(term, total);
+      tile.write(at, totals, totals - value(at));
+      into_first = zero;
+    });
+    passed = rule.term(total.v[0], double(tile.second[0]));
+  };
+  const auto over_holes = [&](double& passed) {
+    const auto term = [&](int at) {
+      const Doubles from_reward = rule.of_return != 0 ? of_return * reward(at) : zero;
+      return rule.of_value != 0 ? fma(of_value, value(at), from_reward) : from_reward;
+    };
+    tile.over_holes(chain, passed, term, [&](int at, const Passed& by) {
+      const Doubles total = reward(at) + by.to;
+      return std::pair(total, total - value(at));
+    });
+  };
   for (int64_t b = begin; b < end; ++b) {
     const Sequence s = sequence(rows, b);
     const int64_t last = last_counted(rows.mask, s.mask_row, s.length);
-    Carry carry(rules);
-    if (in.bootstrap.data) {
-      const double beyond = load_one(in.bootstrap.dtype, in.bootstrap.data, b);
-      carry.set(beyond, beyond);
-    }
+    double passed = in.bootstrap.data ? times(rules.gamma, double(load_one(in.bootstrap.dtype, in.bootstrap.data, b))) : 0;
     std::fill(returns + s.start + last + 1, returns + s.start + s.length, 0.0f);
     if (in.values.data) std::fill(advantages + s.start + last + 1, advantages + s.start + s.length, 0.0f);
     for (int64_t stop = last + 1; stop > 0; stop -= kTile) {
-      const int64_t first = std::max<int64_t>(0, stop - kTile);
-      const int n = int(stop - first);
-      load_tile(in.rewards.dtype, in.rewards.data, s.start + first, n, tile.reward);
-      if (in.values.data) load_tile(in.values.dtype, in.values.data, s.start + first, n, tile.value);
-      if (read_counted(rows.mask, s.mask_row, first, n, tile.counted) == n) {
-        dense_steps(tile, n, carry);
-      } else {
-        steps_over_holes(tile, n, carry);
+      const int64_t first = std::max<int64_t>(0, stop - kTile), at = s.start + first;
+      tile.place(rows.mask, s.mask_row, first, int(stop - first));
+      load_tile(in.rewards.dtype, in.rewards.data, at, tile.n, tile.first + tile.offset);
+      if (in.values.data) load_tile(in.values.dtype, in.values.data, at, tile.n, tile.second + tile.offset);
+      if (first > 0) {
+        const int64_t next = std::max<int64_t>(0, first - kTile);
+        prefetch(in.rewards, s.start + next, int(first - next)), prefetch(in.values, s.start + next, int(first - next));
       }
-      for (int i = 0; i < n; ++i) returns[s.start + first + i] = float(tile.total[i]);
-      if (!in.values.data) continue;
-      for (int i = 0; i < n; ++i) advantages[s.start + first + i] = float(tile.total[i] - tile.value[i]);
+      tile.dense ? over_all(passed) : over_holes(passed);
+      tile.copy_results(at, returns, in.values.data ? advantages : nullptr);
     }
   }
 }
 
 void gae_backward(
     const SequenceRows& rows, const GaeRules& rules, const GaeUpstream& grad, const GaeGradients& out, int64_t begin, int64_t end) {
-  uint8_t counted[kTile];
-  const double of_return = rules.gamma * rules.lam, of_value = rules.gamma * (1.0 - rules.lam);
-  const double of_hole = rules.holes == Holes::skip ? 1.0 : rules.holes == Holes::zero ? of_return : 0.0;
-  const auto times = [](double factor, double carried) { return factor != 0 ? factor * carried : 0.0; };
+  const Recursion rule(rules.gamma, rules.lam, rules.holes);
+  const Sum<false> sum(rule.of_return);
+  const Chain<false> chain(rule);
+  const Doubles zero(0.0), of_value(rule.of_value);
+  Tile<false> tile;
+  const auto to_advantage = [&](int at) { return load_doubles(tile.first + at); };
+  const auto term = [&](int at) { return to_advantage(at) + load_doubles(tile.second + at); };
+  const auto to_value = [&](int at, Doubles before) {
+    return (rule.of_value != 0 ? of_value * before : zero) - to_advantage(at);
+  };
+  const auto over_all = [&](double& passed) {
+    Doubles total(passed);
+    tile.vectors([&](int at) {
+      const Doubles before = total, totals = sum.next(term(at), total);
+      tile.write(at, totals, to_value(at, Order<false>::before<1>(totals, before)));
+    });
+    passed = total.v[0];
+  };
+  const auto over_holes = [&](double& passed) {
+    tile.over_holes(chain, passed, term, [&](int at, const Passed& by) { return std::pair(by.on, to_value(at, by.to)); });
+  };
   for (int64_t b = begin; b < end; ++b) {
     const Sequence s = sequence(rows, b);
     const int64_t last = last_counted(rows.mask, s.mask_row, s.length);
-    double carried = 0;
+    double passed = 0;
     for (int64_t first = 0; first <= last; first += kTile) {
-      const int n = int(std::min<int64_t>(kTile, last + 1 - first));
-      read_counted(rows.mask, s.mask_row, first, n, counted);
-      for (int i = 0; i < n; ++i) {
-        const int64_t at = s.start + first + i;
-        double to_reward = 0, to_value = 0;
-        if (counted[i]) {
-          const double to_advantage = grad.advantages ? grad.advantages[at] : 0, to_return = grad.returns ? grad.returns[at] : 0;
-          to_value = times(of_value, carried) - to_advantage;
-          carried = to_reward = times(of_return, carried) + (to_advantage + to_return);
-        } else {
-          carried = times(of_hole, carried);
-        }
-        out.rewards[at] = float(to_reward);
-        if (out.values) out.values[at] = float(to_value);
-      }
+      const int64_t at = s.start + first;
+      tile.place(rows.mask, s.mask_row, first, int(std::min<int64_t>(kTile, last + 1 - first)));
+      bring(grad.advantages, at, tile.n, tile.first);
+      bring(grad.returns, at, tile.n, tile.second);
+      tile.dense ? over_all(passed) : over_holes(passed);
+      tile.copy_results(at, out.rewards, out.values);
     }
     std::fill(out.rewards + s.start + last + 1, out.rewards + s.start + s.length, 0.0f);
     if (out.values) std::fill(out.values + s.start + last + 1, out.values + s.start + s.length, 0.0f);
-    if (out.bootstrap) out.bootstrap[b] = float(times(rules.gamma, carried));
+    // the last counted position passes on what it got
+    if (out.bootstrap) out.bootstrap[b] = last < 0 ? 0.0f : float(times(rules.gamma, double(out.rewards[s.start + last])));
   }
 }
 
