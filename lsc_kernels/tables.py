@@ -169,6 +169,8 @@ def open_scores(
     for name in properties or ():
         if name not in names:
             raise UserError(f"--names: {paths[0]} has no property {name!r}; it has {', '.join(names)}")
+    if len(set(properties or ())) < len(properties or ()):
+        raise UserError(f"--names: wants each property once; got {', '.join(properties or ())}")
     if not names:
         raise UserError(f"{paths[0]}: has no rows")
     return Source(relation, tuple(properties or names), bool(found)), columns

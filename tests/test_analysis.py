@@ -237,6 +237,11 @@ def test_budget_beyond_the_samples() -> None:
             r"reference_reward .* \[4, 3, 2\]; got \[4, 2\]",
         ),
         (lambda: frontier(torch.ones(3, 2), 0.0, scale="a"), TypeError, "scale must be a float or a tensor"),
+        (
+            lambda: frontier(torch.ones(3, 2), 0.0, weights=torch.tensor([-1.0, 1.0])),
+            ValueError,
+            r"weights must be finite and >= 0: .*; got \[-1.0, 1.0\]",
+        ),
         (lambda: frontier(torch.ones(3, 2), 0.0, methods="lsc"), ValueError, "methods must be a sequence"),
         (lambda: frontier(torch.randn(9, 2), 0.0, kl=1.0), TypeError, "kl must be a sequence of floats"),
         (lambda: tilt(torch.ones(3), 1.0, p_good=torch.full((3, 1), 1.5)), ValueError, "probabilities"),

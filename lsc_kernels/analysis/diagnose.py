@@ -166,7 +166,7 @@ def diagnose(
         scores: [N, K], NaN where one is missing; any floating dtype, computed in fp64.
         reference_reward: broadcasts against ``scores``, as ``weights``, ``scale`` and ``floor`` do.
         names: K names.
-        weights: the exponents of the AND.
+        weights: the exponents of the AND, >= 0.
         scale, floor: as in ``lk.lsc_transform``.
         group: which samples answer the same prompt: ids [N], or the size of consecutive groups. None: no word on
             group z-scores.

@@ -155,7 +155,7 @@ def frontier(
             are given already; ``samples`` are, for the quantile methods, those of the prompt, and for ``zscore`` and
             ``minmax`` all there are.
         names: K names.
-        weights: w; the exponents in ``lsc``, the factors in the other sums.
+        weights: w >= 0; the exponents in ``lsc``, the factors in the other sums.
         scale, floor: of the judgements.
         formula: which outputs count as good, as in ``lk.aggregate_rewards``; for ``lsc`` and for ``p_all``.
 

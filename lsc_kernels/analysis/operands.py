@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,10 @@ def spread(name: str, value: float | Tensor | None, scores: Tensor) -> Tensor:
         value = operand(name, value, CPU)
     elif value is not None:
         _checks.floating(name, value)
+        if not bool(((value >= 0) & (value < math.inf)).all()):
+            raise ValueError(
+                f"weights must be finite and >= 0: exponents of probabilities; got {value.tolist()}"
+            )
     wide = torch.as_tensor(1.0 if value is None else value, dtype=torch.float64)
     try:
         return wide.broadcast_to(scores.shape)

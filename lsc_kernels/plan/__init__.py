@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from .read import SHAPE, read_scores, references
     from .report import make_plan
 
-    if not args.kl_budget > 0:
+    if not 0 < args.kl_budget < math.inf:
         raise UserError(f"--kl-budget {args.kl_budget}: wants a number of nats above 0")
     for method in args.methods:
         if method not in TRANSFORMS:
