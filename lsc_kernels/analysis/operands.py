@@ -27,10 +27,10 @@ def spread(name: str, value: float | Tensor | None, scores: Tensor) -> Tensor:
     if name != "weights":
         value = operand(name, value, CPU)
     elif value is not None:
-        _checks.floating(name, value)
-        if not bool(((value >= 0) & (value < math.inf)).all()):
+        value = exponents = _checks.floating(name, value)
+        if not bool(((exponents >= 0) & (exponents < math.inf)).all()):
             raise ValueError(
-                f"weights must be finite and >= 0: exponents of probabilities; got {value.tolist()}"
+                f"weights must be finite and >= 0: exponents of probabilities; got {exponents.tolist()}"
             )
     wide = torch.as_tensor(1.0 if value is None else value, dtype=torch.float64)
     try:
