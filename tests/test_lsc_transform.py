@@ -142,10 +142,12 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reward_shape, reference_shape, scale_shape", SHAPES)
 def test_broadcasting(
     backend: str,
     generator: Generator,
+    dtype: torch.dtype,
     reward_shape: tuple[int, ...],
     reference_shape: tuple[int, ...],
     scale_shape: tuple[int, ...],
@@ -159,7 +161,7 @@ def test_broadcasting(
         check_against_fp64(
             lambda r, ref, s, f=floor: lk.lsc_transform(r, ref, scale=s, floor=f),
             upstream,
-            [reward, reference, scale],
+            [reward.to(dtype), reference.to(dtype), scale.to(dtype)],
             1e-6,
             full=shape,
         )

@@ -414,7 +414,8 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: lk.reward_head(H, W.int()), TypeError, "weight must be float32"),
     (lambda: lk.reward_head(H, W, W[0, :1].int()), TypeError, "bias must be float32"),
     (lambda: lk.reward_head(H, W, 1.0), TypeError, r"bias must be a tensor \[K\] or None; got float"),
-    (lambda: lk.reward_head(H, W[0]), ValueError, r"weight must be \[K, H\]; got \[4\]"),
+    (lambda: lk.reward_head(H, W[0]), ValueError, r"weight must be \[K, H\] with K > 0; got \[4\]"),
+    (lambda: lk.reward_head(H, W[:0]), ValueError, r"weight must be \[K, H\] with K > 0; got \[0, 4\]"),
     (
         lambda: lk.reward_head(H, W[:, :3]),
         ValueError,

@@ -167,8 +167,8 @@ def check_head(
     """Check the arguments of one model's head. ``which`` is the [k] of a list, for the messages."""
     _checks.floating(f"hidden{which}", hidden)
     _checks.floating(f"weight{which}", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"weight{which} must be [K, H]; got {list(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight{which} must be [K, H] with K > 0; got {list(weight.shape)}")
     _check_positions(which, hidden, attention_mask, index, cu_seqlens, every)
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(

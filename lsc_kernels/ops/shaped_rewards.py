@@ -139,10 +139,6 @@ def shaped_rewards(
         scores = reward_head(hidden, weight, bias, **masks)  # type: ignore[arg-type]
     elif hidden is not None:
         check_head(*head)
-        if isinstance(weight, Tensor) and weight.shape[0] == 0:
-            raise ValueError(
-                f"weight must be [K, H] with K > 0: there is no property; got {list(weight.shape)}"
-            )
 
     policy_side, per_token = _policy_side(
         policy, ref, actions, mask, policy_logprobs, ref_logprobs, temperature
