@@ -7,11 +7,10 @@ import os
 import random
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator
-from typing import Any
 
 import _emulated
-import numpy as np
 import pytest
 import torch
 from _on_gpu import use_gpu
@@ -23,44 +22,11 @@ from lsc_kernels import native, triton
 SEED = int(os.environ.setdefault("LSC_TEST_SEED", str(secrets.randbits(31))))
 
 
-def quicken_interpreter() -> None:
-    """Triton's interpreter patches its whole language again at each call from one kernel function to another; once for
-    each module does, and takes half the time. It scans element by element; by doubling, on whole arrays, takes a
-    thousandth."""
-    from triton.runtime import interpreter
-
-    patched: set[str] = set()
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn.__module__ not in patched:
-            patched.add(self.fn.__module__)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    def scan(self: Any, given: Any) -> list[Any]:
-        arrays = [each.handle.data.copy() for each in given]
-        reach, length = 1, arrays[0].shape[self.axis]
-        while reach < length:
-            ends = self.combine_fn.fn(
-                *(
-                    self.to_tensor(np.roll(a, reach, self.axis), g.dtype)
-                    for a, g in zip(arrays, given, strict=True)
-                ),
-                *(self.to_tensor(a, g.dtype) for a, g in zip(arrays, given, strict=True)),
-            )
-            reached = (slice(None),) * self.axis + (slice(reach, None),)
-            for array, end in zip(arrays, ends if isinstance(ends, tuple) else (ends,), strict=True):
-                array[reached] = end.handle.data[reached]
-            reach *= 2
-        return [self.to_tensor(a, g.dtype) for a, g in zip(arrays, given, strict=True)]
-
-    interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
-    interpreter.ScanOps.generic_scan = scan  # type: ignore[method-assign]
-
-
 def pytest_configure(config: pytest.Config) -> None:
     if triton.interpreted():
-        quicken_interpreter()
+        import _interpreter
+
+        _interpreter.quicken()
     torch.set_num_threads(2)
     # torch.compile's cache outlives the session and does not notice that the fake of an op has changed.
     cache = tempfile.TemporaryDirectory(prefix="lsc-inductor-", ignore_cleanup_errors=True)
@@ -77,12 +43,15 @@ ONE_IN = 16
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-case", action="store_true", help="all cases of the slow ways too")
+    parser.addoption("--seconds", type=float, help="in random order, and skip what has not begun by then")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Kernels that are emulated, interpreted, or compiled for a target that is not here take one in sixteen of the
     cases that were asked for, others in each run: all of them take more than an hour."""
+    if config.getoption("--seconds") is not None:
+        random.Random(SEED).shuffle(items)
     if config.getoption("--every-case"):
         return
     cases: dict[str, list[pytest.Item]] = {}
@@ -98,6 +67,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+STARTED = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    seconds = item.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() - STARTED > seconds:
+        pytest.skip("no time left")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

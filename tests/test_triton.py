@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import math
 import os
+import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _cases import logit_pair, normal
@@ -256,6 +260,68 @@ def test_compiles_ahead_of_time(
         assert not spilled, f"local memory is used: {spilled}"
         contracted = [fact for fact in facts if fact["contracted"]]
         assert not contracted, f"the assembler may contract: {contracted}"
+
+
+@pytest.mark.skipif(not triton.interpreted(), reason="about the interpreter")
+def test_the_quick_interpreter_gives_the_same_bits(generator: Generator) -> None:
+    """Each shortcut against what it stands for: dtypes, shapes and numbers that it takes, and those that it leaves."""
+    import _interpreter as quick
+    import triton.language as tl
+
+    def tensor(dtype: Any, shape: tuple[int, ...]) -> Any:
+        size = math.prod(shape)
+        values = 50 * torch.randn(size, generator=generator, dtype=torch.float64)
+        values[::5] = 0.0
+        data = values.numpy()
+        if dtype.is_floating():
+            data[1::7] = np.resize([np.inf, -np.inf, np.nan, -0.0], len(data[1::7]))
+        data = data.astype(bool if dtype is tl.int1 else quick.interpreter._get_np_dtype(dtype)).reshape(shape or (1,))
+        return tl.tensor(quick.Handle(data, dtype), tl.block_type(dtype, list(shape)) if shape else dtype)
+
+    def outcome(function: Any, arguments: Any) -> Any:
+        try:
+            result = function(*arguments)
+        except Exception as problem:
+            return type(problem)
+        if result is None or result.handle is None:
+            return None
+        data = result.handle.data
+        numel = tl.constexpr(math.prod(each.value for each in result.shape)).value
+        return (
+            np.broadcast_to(data, [each.value for each in result.shape] or (1,)).tobytes(), data.dtype,
+            str(result.type), str(result.dtype), str(result.shape), result.numel.value == numel,
+        )  # fmt: skip
+
+    memory = torch.randn(64, generator=generator)
+    pointer_type = tl.pointer_type(tl.float32)
+    address = np.array([memory.data_ptr()], np.uint64)
+    pointer = tl.tensor(quick.Handle(address, pointer_type), pointer_type)
+    dtypes = [tl.float32, tl.float64, tl.int32, tl.int64, tl.int1, tl.float16, tl.uint8]
+    tensors = [tensor(dtype, shape) for dtype in dtypes for shape in ((), (8,), (4, 8), (4, 1), (1,))]
+    numbers = [0, 1, -3, 2**31 - 1, 2**40, 0.0, -0.0, 0.1, 1e-40, 1e300, math.inf, math.nan, True, tl.constexpr(0.3)]
+    pairs = [(a, b) for a in tensors for b in (*tensors, *numbers)]
+    pairs += [(pointer, b) for b in (*tensors, *numbers)]
+    random.Random(generator.initial_seed()).shuffle(pairs)
+    conditions, one = [each for each in tensors if each.dtype is tl.int1], tensors[0]
+    given = {
+        "__neg__": [(a,) for a in tensors],
+        **{name: [(a,) for a in tensors] for name in ("exp", "exp2", "log", "abs")},
+        "to": [(a, dtype) for a in tensors for dtype in dtypes],
+        "fma": [(*pair, third) for pair in pairs[:100] for third in (one, tensors[1], 0.5)],
+        "where": [(condition, *pair) for pair in pairs[:100] for condition in conditions],
+        "load": [(pointer,), (pointer + tensors[11],)],
+        "store": [(pointer, tensors[0]), (pointer, tensors[5]), (pointer, 2.0)],
+        "full": [(shape, value, dtype) for shape in ((), [8]) for value in numbers for dtype in dtypes[:3]],
+    }
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for place, name, _ in quick.shortcuts():
+            shortcut = getattr(place, name)
+            for arguments in given.get(name, pairs[:250]):
+                expected = outcome(shortcut.__wrapped__, arguments)
+                got = outcome(shortcut, arguments)
+                shown = [(str(getattr(each, "type", "")), str(each)) for each in arguments]
+                assert got == expected, f"{name}{shown}: {got}, want {expected}"
 
 
 def test_importing_the_library_does_not_import_triton() -> None:
