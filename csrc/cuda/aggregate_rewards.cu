@@ -1,6 +1,10 @@
 // aggregate_rewards on CUDA: a thread a row of K scores; backward without a formula, a thread a score. Reads a score and what
 // is not broadcast against it, writes one u per row; backward reads one upstream gradient per row too and writes the
-// gradients that are wanted. A formula is interpreted in double, with the values of its parts in the thread's own memory.
+// gradients that are wanted.
+//
+// A formula is interpreted in double, a thread a row, with the values of its parts in the block's memory, which holds as many
+// rows as the formula's length allows: from all 128 for a few properties to 5 for the longest formula. In the threads' own
+// memory every thread of the device would have to have room for the longest, 2.6 GB on an H200.
 #include "cuda/formula_rows.h"
 #include "cuda/transform_tensors.h"
 #include "tensors/program.h"
@@ -8,10 +12,47 @@
 namespace lsc {
 namespace cuda {
 
+constexpr int kFormulaThreads = 128;
+
+struct FormulaMemory {
+  unsigned char bytes[48 << 10];
+};
+
+// A row's part of the block's memory.
+struct FormulaRow {
+  Judged<double>* judged;
+  Judgement<double>* values;
+  Slope<double>* slopes;
+  Visited<double>* visited;
+};
+
+// How the block's memory is shared out to rows.
+struct FormulaRoom {
+  int properties = 0, length = 0, bytes = 0, rows = 0;
+
+  FormulaRoom(const Program& program, bool slopes) : length(program.length) {
+    for (int i = 0; i < length; ++i) properties += program.instructions[i].kind == Instruction::Kind::property;
+    bytes = properties * int(sizeof(Judged<double>)) + length * int(sizeof(Judgement<double>));
+    if (slopes) bytes += length * int(sizeof(Slope<double>)) + properties * int(sizeof(Visited<double>));
+    if (length) rows = std::min(kFormulaThreads, int(sizeof(FormulaMemory)) / bytes);
+  }
+
+  int64_t blocks(int64_t row_count) const { return (row_count + rows - 1) / rows; }
+
+  LSC_DEVICE FormulaRow row(FormulaMemory& memory) const {
+    unsigned char* at = memory.bytes + int(thread_index()) * bytes;
+    auto* judged = reinterpret_cast<Judged<double>*>(at);
+    auto* values = reinterpret_cast<Judgement<double>*>(judged + properties);
+    auto* slopes = reinterpret_cast<Slope<double>*>(values + length);
+    return {judged, values, slopes, reinterpret_cast<Visited<double>*>(slopes + length)};
+  }
+};
+
 struct AggregateForward {
   DeviceScores in;
   float* utility;
   Program program;
+  FormulaRoom room;
 };
 
 struct AggregateBackward {
@@ -19,19 +60,28 @@ struct AggregateBackward {
   const float* grad;
   DeviceGradients out;
   Program program;
+  FormulaRoom room;
 };
 
 LSC_KERNEL(kElementThreads, 2) aggregate_forward(LSC_ARGUMENT AggregateForward a) {
   const int64_t row = block_index() * kElementThreads + thread_index();
   if (row >= a.in.rows) return;
-  if (a.program.length == 0) {
-    a.utility[row] = aggregate_row(a.in, row, [&](int64_t k) { return score_at(a.in, row, k); });
-    return;
-  }
-  Judged<double> judged[kMaxProperties];
-  Judgement<double> values[kMaxInstructions];
-  judge_row(a.in, a.program, row, judged);
-  a.utility[row] = float(evaluate(a.program, judged, values).good);
+  a.utility[row] = aggregate_row(a.in, row, [&](int64_t k) { return score_at(a.in, row, k); });
+}
+
+// -1 for a thread without a row.
+LSC_DEVICE int64_t formula_row(const FormulaRoom& room, int64_t rows) {
+  const int64_t row = block_index() * room.rows + thread_index();
+  return int(thread_index()) < room.rows && row < rows ? row : -1;
+}
+
+LSC_KERNEL(kFormulaThreads, 2) aggregate_forward_formula(LSC_ARGUMENT AggregateForward a) {
+  FormulaMemory& memory = block_memory<FormulaMemory>();
+  const int64_t row = formula_row(a.room, a.in.rows);
+  if (row < 0) return;
+  const FormulaRow own = a.room.row(memory);
+  judge_row(a.in, a.program, row, own.judged);
+  a.utility[row] = float(evaluate(a.program, own.judged, own.values).good);
 }
 
 LSC_KERNEL(kElementThreads, 4) aggregate_backward(LSC_ARGUMENT AggregateBackward a) {
@@ -41,9 +91,10 @@ LSC_KERNEL(kElementThreads, 4) aggregate_backward(LSC_ARGUMENT AggregateBackward
 }
 
 // 0 for the columns that the formula does not name, and for all of them where nobody asked.
-LSC_KERNEL(kElementThreads, 2) aggregate_backward_formula(LSC_ARGUMENT AggregateBackward a) {
-  const int64_t row = block_index() * kElementThreads + thread_index();
-  if (row >= a.in.rows) return;
+LSC_KERNEL(kFormulaThreads, 2) aggregate_backward_formula(LSC_ARGUMENT AggregateBackward a) {
+  FormulaMemory& memory = block_memory<FormulaMemory>();
+  const int64_t row = formula_row(a.room, a.in.rows);
+  if (row < 0) return;
   const int64_t first = row * a.in.columns;
   for (int64_t at = first; at < first + a.in.columns; ++at) {
     store_one(a.in.dtype, a.out.scores, at, 0.0f);
@@ -53,21 +104,19 @@ LSC_KERNEL(kElementThreads, 2) aggregate_backward_formula(LSC_ARGUMENT Aggregate
   }
   const double upstream = a.grad[row];
   if (upstream == 0) return;
-  Judged<double> judged[kMaxProperties];
-  Judgement<double> values[kMaxInstructions];
-  Slope<double> slopes[kMaxInstructions];
-  judge_row(a.in, a.program, row, judged);
-  evaluate(a.program, judged, values);
-  differentiate(a.program, values, slopes);
+  const FormulaRow own = a.room.row(memory);
+  judge_row(a.in, a.program, row, own.judged);
+  evaluate(a.program, own.judged, own.values);
+  differentiate(a.program, own.values, own.slopes, own.visited);
   for (int i = 0, property = 0; i < a.program.length; ++i) {
     if (a.program.instructions[i].kind != Instruction::Kind::property) continue;
     const int64_t column = a.program.instructions[i].operand, at = first + column;
-    const PropertyGradient<double> own = gradient(judged[property++], slopes[i]);
-    const double to_score = upstream * own.z / a.in.scale.at(row, column);
+    const PropertyGradient<double> of_property = gradient(own.judged[property++], own.slopes[i]);
+    const double to_score = upstream * of_property.z / a.in.scale.at(row, column);
     store_one(a.in.dtype, a.out.scores, at, float(to_score));
     if (a.out.reference) a.out.reference[at] = float(-to_score);
     if (a.out.scale) a.out.scale[at] = to_score == 0 ? 0.0f : float(-to_score * centred_at(a.in, row, column));
-    if (a.out.weights) a.out.weights[at] = float(upstream * own.weight);
+    if (a.out.weights) a.out.weights[at] = float(upstream * of_property.weight);
   }
 }
 
@@ -77,8 +126,13 @@ static Tensor forward(
     bool ignore_missing, ProgramNumbers numbers) {
   const ScoreTensors inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights, ignore_missing);
   const Tensor utility = floats_on(scores, Sizes(inputs.scores.sizes().data(), size_t(scores.dim() - 1)));
-  const AggregateForward a{inputs.kernel, floats(utility), program_of(numbers, inputs.kernel.columns)};
-  launch(&aggregate_forward, element_blocks(utility.numel()), kElementThreads, scores, a);
+  const Program program = program_of(numbers, inputs.kernel.columns);
+  const AggregateForward a{inputs.kernel, floats(utility), program, FormulaRoom(program, false)};
+  if (program.length) {
+    launch(&aggregate_forward_formula, a.room.blocks(a.in.rows), kFormulaThreads, scores, a);
+  } else {
+    launch(&aggregate_forward, element_blocks(a.in.rows), kElementThreads, scores, a);
+  }
   return utility;
 }
 
@@ -91,13 +145,16 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor upstream = dense(grad), to_scores = empty_on(scores, inputs.scores.sizes(), scores.scalar_type());
   const Tensor to_reference = wanted_on(want_reference, inputs.scores), to_scale = wanted_on(want_scale, inputs.scores);
   const Tensor to_weights = wanted_on(want_weights, inputs.scores);
+  const Program program = program_of(numbers, inputs.kernel.columns);
   const AggregateBackward a{inputs.kernel, floats(upstream),
                             {to_scores.data_ptr(), want_reference ? floats(to_reference) : nullptr,
                              want_scale ? floats(to_scale) : nullptr, want_weights ? floats(to_weights) : nullptr},
-                            program_of(numbers, inputs.kernel.columns)};
-  const bool formula = a.program.length != 0;
-  launch(formula ? &aggregate_backward_formula : &aggregate_backward,
-         element_blocks(formula ? a.in.rows : a.in.rows * a.in.columns), kElementThreads, scores, a);
+                            program, FormulaRoom(program, true)};
+  if (program.length) {
+    launch(&aggregate_backward_formula, a.room.blocks(a.in.rows), kFormulaThreads, scores, a);
+  } else {
+    launch(&aggregate_backward, element_blocks(a.in.rows * a.in.columns), kElementThreads, scores, a);
+  }
   return {to_scores, to_reference, to_scale, to_weights};
 }
 

@@ -233,22 +233,25 @@ LSC_FN inline void slopes_of_all(const Parts<Real>& parts, Slope<Real>* slopes) 
   for (int n = parts.count(), part = parts.last(); n > 0; --n, part = parts.before(part)) slopes[part] = slope;
 }
 
-// The counts of all parts before each of them are kept; those of all after it grow on the way back.
+// A part on the way through those of an at_least, and the counts of all that came before it.
 template <typename Real>
-LSC_FN inline void slopes_of_at_least(const Instruction* instructions, const Judgement<Real>* values, int connective, Slope<Real>* slopes) {
+struct Visited {
+  int part;
+  Counts<Real> before;
+};
+
+// The counts of all parts before each of them are kept, in `visited`; those of all after it grow on the way back.
+template <typename Real>
+LSC_FN inline void slopes_of_at_least(
+    const Instruction* instructions, const Judgement<Real>* values, int connective, Slope<Real>* slopes, Visited<Real>* visited) {
   const Threshold wanted = threshold(instructions[connective]);
   const Parts<Real> parts{instructions, values, connective, wanted.complemented};
-  Counts<Real> before[kMaxProperties], after;
-  int visited[kMaxProperties];
   const int n = parts.count(), least = wanted.least;
+  Counts<Real> after;
+  after.clear(least);
   for (int i = 0, part = parts.last(); i < n; ++i, part = parts.before(part)) {
-    visited[i] = part;
-    if (i == 0) {
-      before[0].clear(least);
-    } else {
-      before[i] = before[i - 1];
-      before[i].add(parts.at(visited[i - 1]), least);
-    }
+    visited[i] = {part, after};
+    after.add(parts.at(part), least);
   }
   const Slope<Real> slope = slopes[connective];
   const Judgement<Real> whole = values[connective];
@@ -257,18 +260,20 @@ LSC_FN inline void slopes_of_at_least(const Instruction* instructions, const Jud
   for (int i = n - 1; i >= 0; --i) {
     Real exactly = -INFINITY;
     for (int j = 0; j < least; ++j) {
-      exactly = log_add(exactly, before[i].log_probability[j] + after.log_probability[least - 1 - j]);
+      exactly = log_add(exactly, visited[i].before.log_probability[j] + after.log_probability[least - 1 - j]);
     }
-    const Judgement<Real> each = values[visited[i]];
+    const int part = visited[i].part;
+    const Judgement<Real> each = values[part];
     const Real numerator = slope.log_size + exactly + (slope.of_bad ? each.bad : each.good);
-    slopes[visited[i]] = {log_quotient(numerator, denominator), slope.of_bad, slope.falls};
-    after.add(parts.at(visited[i]), least);
+    slopes[part] = {log_quotient(numerator, denominator), slope.of_bad, slope.falls};
+    after.add(parts.at(part), least);
   }
 }
 
-// The slope of every instruction, from the values of all of them.
+// The slope of every instruction, from the values of all of them; `visited` is room for as many parts as there are properties.
 template <typename Real>
-LSC_FN inline void differentiate(const Program& program, const Judgement<Real>* values, Slope<Real>* slopes) {
+LSC_FN inline void differentiate(
+    const Program& program, const Judgement<Real>* values, Slope<Real>* slopes, Visited<Real>* visited) {
   using Kind = Instruction::Kind;
   const Instruction* all = program.instructions;
   slopes[program.length - 1] = {Real(0), false, false};
@@ -279,7 +284,7 @@ LSC_FN inline void differentiate(const Program& program, const Judgement<Real>* 
       case Kind::complement: slopes[i - 1] = {slopes[i].log_size, !slopes[i].of_bad, !slopes[i].falls}; break;
       case Kind::all:
       case Kind::any: slopes_of_all(Parts<Real>{all, values, i, kind == Kind::any}, slopes); break;
-      case Kind::at_least: slopes_of_at_least(all, values, i, slopes); break;
+      case Kind::at_least: slopes_of_at_least(all, values, i, slopes, visited); break;
       case Kind::weakest: {
         const Parts<Real> parts{all, values, i, false};
         const int least = weakest_of(parts);

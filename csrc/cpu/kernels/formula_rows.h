@@ -38,7 +38,7 @@ class FormulaRows {
     if (upstream == 0) return;
     judge_all(row);
     evaluate(program_, judged_, values_);
-    differentiate(program_, values_, slopes_);
+    differentiate(program_, values_, slopes_, visited_);
     for (int i = 0; i < properties_; ++i) {
       const int64_t at = first + column_of(i);
       const PropertyGradient<double> of_property = gradient(judged_[i], slopes_[instruction_[i]]);
@@ -85,6 +85,7 @@ class FormulaRows {
   Judged<double> judged_[kMaxProperties];
   Judgement<double> values_[kMaxInstructions];
   Slope<double> slopes_[kMaxInstructions];
+  Visited<double> visited_[kMaxProperties];
 };
 
 }  // namespace
