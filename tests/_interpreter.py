@@ -1,9 +1,9 @@
 """Triton's interpreter, quick enough to run the kernels' tests.
 
-It interprets a statement in some 70 microseconds, nearly all of which find out what dtype and shape the result has.
+It takes some 70 microseconds for a statement, nearly all of them to find out what dtype and shape the result has.
 Most statements of our kernels are arithmetic on numbers or blocks of one dtype, where nothing has to be found out:
-:func:`quicken` gives those their NumPy function at once, and leaves the others to the interpreter's own. Results are the
-same bits, which tests/test_triton.py checks.
+:func:`quicken` gives those their NumPy function at once, and leaves the others to the interpreter's own. Results are
+the same bits, which tests/test_triton.py checks.
 """
 
 from __future__ import annotations
@@ -243,8 +243,10 @@ def to(slow: Function) -> Function:
         if dtype.__class__ is tl.dtype and not options and not named:
             if dtype.name == self.dtype.name:
                 return self
-            if dtype.name in NUMBERS and self.dtype.name in NUMBERS and (
-                dtype.name in FLOATS or self.dtype.name not in FLOATS
+            if (
+                dtype.name in NUMBERS
+                and self.dtype.name in NUMBERS
+                and (dtype.name in FLOATS or self.dtype.name not in FLOATS)
             ):
                 return made(self.handle.data.astype(NUMBERS[dtype.name]), dtype, self)
         return slow(self, dtype, *options, **named)
@@ -269,7 +271,12 @@ def load(slow: Function) -> Function:
 
 def store(slow: Function) -> Function:
     def quick(pointer: Any, value: Any, *options: Any, **named: Any) -> Any:
-        if not options and not named and pointer.type.__class__ is tl.pointer_type and value.__class__ is Tensor:
+        if (
+            not options
+            and not named
+            and pointer.type.__class__ is tl.pointer_type
+            and value.__class__ is Tensor
+        ):
             kind = pointer.dtype.element_ty.name
             if kind in NUMBERS and value.dtype.name == kind and value.type.__class__ is not Block:
                 return interpreter._interpreter.store(pointer.handle.data, value.handle.data, ONE_TRUE)
@@ -337,7 +344,10 @@ def scan(self: Any, given: Any) -> list[Any]:
     reach, length = 1, arrays[0].shape[self.axis]
     while reach < length:
         ends = self.combine_fn.fn(
-            *(self.to_tensor(np.roll(a, reach, self.axis), g.dtype) for a, g in zip(arrays, given, strict=True)),
+            *(
+                self.to_tensor(np.roll(a, reach, self.axis), g.dtype)
+                for a, g in zip(arrays, given, strict=True)
+            ),
             *(self.to_tensor(a, g.dtype) for a, g in zip(arrays, given, strict=True)),
         )
         reached = (slice(None),) * self.axis + (slice(reach, None),)

@@ -275,7 +275,9 @@ def test_the_quick_interpreter_gives_the_same_bits(generator: Generator) -> None
         data = values.numpy()
         if dtype.is_floating():
             data[1::7] = np.resize([np.inf, -np.inf, np.nan, -0.0], len(data[1::7]))
-        data = data.astype(bool if dtype is tl.int1 else quick.interpreter._get_np_dtype(dtype)).reshape(shape or (1,))
+        data = data.astype(bool if dtype is tl.int1 else quick.interpreter._get_np_dtype(dtype)).reshape(
+            shape or (1,)
+        )
         return tl.tensor(quick.Handle(data, dtype), tl.block_type(dtype, list(shape)) if shape else dtype)
 
     def outcome(function: Any, arguments: Any) -> Any:
@@ -298,7 +300,22 @@ def test_the_quick_interpreter_gives_the_same_bits(generator: Generator) -> None
     pointer = tl.tensor(quick.Handle(address, pointer_type), pointer_type)
     dtypes = [tl.float32, tl.float64, tl.int32, tl.int64, tl.int1, tl.float16, tl.uint8]
     tensors = [tensor(dtype, shape) for dtype in dtypes for shape in ((), (8,), (4, 8), (4, 1), (1,))]
-    numbers = [0, 1, -3, 2**31 - 1, 2**40, 0.0, -0.0, 0.1, 1e-40, 1e300, math.inf, math.nan, True, tl.constexpr(0.3)]
+    numbers = [
+        0,
+        1,
+        -3,
+        2**31 - 1,
+        2**40,
+        0.0,
+        -0.0,
+        0.1,
+        1e-40,
+        1e300,
+        math.inf,
+        math.nan,
+        True,
+        tl.constexpr(0.3),
+    ]
     pairs = [(a, b) for a in tensors for b in (*tensors, *numbers)]
     pairs += [(pointer, b) for b in (*tensors, *numbers)]
     random.Random(generator.initial_seed()).shuffle(pairs)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
 from lsc_kernels.eager.token_logprobs import check_actions, counted
 from lsc_kernels.triton import interpreted
-from lsc_kernels.triton._launch import block, dense, launch, operator, per_row
+from lsc_kernels.triton._launch import dense, launch, operator, per_row
 from lsc_kernels.triton.kl import KINDS
 from lsc_kernels.triton.kl_from_logprobs import arguments
 from lsc_kernels.triton.row_state import CHUNK
@@ -47,7 +48,9 @@ def tiles(vocabulary: int) -> Tiles:
 
 def backward_tile(vocabulary: int) -> int:
     """2048 columns for 4 warps, 16 a thread: nothing is summed, so there is nothing else to hold."""
-    return 128 if vocabulary <= 128 else min(block(2048), CHUNK.value)
+    if vocabulary <= 128:
+        return 128
+    return min(triton.next_power_of_2(vocabulary), CHUNK.value) if interpreted() else 2048
 
 
 def chunks(vocabulary: int) -> int:
