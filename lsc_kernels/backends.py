@@ -6,7 +6,7 @@ compute values and know nothing of autograd. ``select`` is called once per publi
 =========  ==========================================================  ============================================
 backend    what it is                                                  serves
 =========  ==========================================================  ============================================
-native     C++ kernels, compiled into ``lsc_kernels._C``               CPU: fp32, bf16, fp16
+native     C++ and CUDA kernels, compiled into ``lsc_kernels._C``      CPU and CUDA: fp32, bf16, fp16
 triton     kernels that Triton compiles when they are first used       CUDA (sm_80 and newer, AMD gfx90a and newer)
 eager      the definitions in plain PyTorch, computed in fp64          every device, every dtype
 =========  ==========================================================  ============================================
@@ -62,9 +62,9 @@ def backends() -> dict[str, dict[str, str]]:
     return {
         device: {
             backend: missing[device] or _reason(backend, device) or "available"
-            for backend in ("native", "triton", "eager")
+            for backend in dict.fromkeys((*order, *CHOICES[1:]))
         }
-        for device in ("cpu", "cuda")
+        for device, order in PREFERENCE.items()
     }
 
 

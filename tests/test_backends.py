@@ -190,3 +190,42 @@ def test_amd_gpus(monkeypatch: pytest.MonkeyPatch, architecture: str, supported:
     card = SimpleNamespace(name="AMD Something", gcnArchName=architecture)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     assert (triton.unavailable("cuda") is None) == supported
+
+
+def test_the_first_available_backend_is_the_one_that_auto_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in (native, triton):
+        monkeypatch.setattr(module, "unavailable", lambda device: None)
+    for device, table in lk.backends().items():
+        assert next(name for name, state in table.items() if state == "available") == (
+            "triton" if device == "cuda" else "native"
+        )
+        assert set(table) == {"native", "triton", "eager"}
+
+
+@pytest.mark.skipif(native.UNAVAILABLE is not None, reason=str(native.UNAVAILABLE))
+@pytest.mark.parametrize(
+    ("built", "capability", "covered"),
+    [
+        (["sm_90"], (9, 0), True),
+        (["sm_90"], (8, 0), False),
+        (["sm_80"], (8, 6), True),
+        (["sm_80"], (9, 0), False),
+        (["sm_80", "sm_100", "compute_100"], (12, 0), True),
+        (["sm_80", "sm_100", "compute_100"], (7, 5), False),
+    ],
+)
+def test_gpus_that_the_kernels_were_not_compiled_for_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, built: list[str], capability: tuple[int, int], covered: bool
+) -> None:
+    """Machine code serves newer GPUs of its generation, PTX all newer ones; a build may have no PTX."""
+    monkeypatch.setattr(native._C, "cuda_skipped", lambda: "")
+    monkeypatch.setattr(native._C, "cuda_architectures", lambda: built)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
+    reason = native.unavailable("cuda")
+    if covered:
+        assert reason is None
+    else:
+        assert "NVIDIA Something" in str(reason) and ", ".join(built) in str(reason)

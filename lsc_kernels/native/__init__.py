@@ -34,11 +34,11 @@ def _uncovered() -> str | None:
     """Why a CUDA device that torch sees cannot run the kernels in this binary; None when all can."""
     built = _C.cuda_architectures()
     machine_code = [int(name.removeprefix("sm_")) for name in built if name.startswith("sm_")]
-    ptx = min(int(name.removeprefix("compute_")) for name in built if name.startswith("compute_"))
+    ptx = [int(name.removeprefix("compute_")) for name in built if name.startswith("compute_")]
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
         if torch.version.hip or not (
-            10 * major + minor >= ptx
+            any(10 * major + minor >= each for each in ptx)
             or any(each // 10 == major and each % 10 <= minor for each in machine_code)
         ):
             name = torch.cuda.get_device_name(device)
