@@ -7,9 +7,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The torch that goes into a new .venv. For one with CUDA: make TORCH=torch TORCH_INDEX=
+# The torch that goes into a new .venv: for CUDA where the driver shows a GPU, else a CPU build. TORCH_INDEX= asks for the
+# first, TORCH_INDEX=https://download.pytorch.org/whl/cpu for the second.
 TORCH ?= torch==2.13.0
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(if $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null)),,https://download.pytorch.org/whl/cpu)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -62,7 +63,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-# A CPU build, where this pip finds one by itself or PyTorch's own index has one: the build that PyPI has for Linux
+# With TORCH_INDEX a CPU build, where this pip finds one by itself or that index has one: the build that PyPI has for Linux
 # brings gigabytes of CUDA along.
 $(VENV)/.torch: $(VENV)/.created
 	@echo "Installing $(TORCH) into $(VENV)"
