@@ -6,8 +6,6 @@ from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
 from pathlib import Path
 
 import pytest
-from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 # Several processes with threads of their own share the cores: one that waits for its others must not spin meanwhile.
 # OpenMP reads this when torch is imported.
@@ -15,11 +13,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 
-pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(doctest_optionflags=ELLIPSIS | NORMALIZE_WHITESPACE), SkipParser()],
-    patterns=["README.md", "docs/*.md"],
-    teardown=dict.clear,  # what a page leaves behind ends with it, not with the interpreter
-).pytest()
+# benchmarks/gpu.sh runs the ops' tests where little is installed
+if importlib.util.find_spec("sybil"):
+    from sybil import Sybil
+    from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+    pytest_collect_file = Sybil(
+        parsers=[PythonCodeBlockParser(doctest_optionflags=ELLIPSIS | NORMALIZE_WHITESPACE), SkipParser()],
+        patterns=["README.md", "docs/*.md"],
+        teardown=dict.clear,  # what a page leaves behind ends with it, not with the interpreter
+    ).pytest()
 
 # there are no wheels of datasketches for the newest Python
 collect_ignore = [] if importlib.util.find_spec("datasketches") else ["lsc_kernels/reference/streaming.py"]

@@ -5,9 +5,11 @@
 writes gpu-NAME.json into benchmarks/results/ and prints a short table. Every way of a row is checked against fp64 on
 its first rows, then timed with CUDA events, all ways in turn, a buffer larger than the second cache written before each
 run. The bytes that the work must move, over that time, are given as a share of the copy bandwidth measured in the same
-run. Rows come in order of weight; those that the seconds do not reach are listed as left out.
+run. Rows come in order of weight; those that the seconds do not reach are listed as left out. The file is written anew
+after each row.
 
-``--quick`` runs a few small rows once on whatever device there is, and writes nothing.
+``--quick`` runs a few small rows once on whatever device there is, and writes nothing. ``--only-compile`` calls what
+torch.compile makes once, so that its cache on disk has it when a measurement begins.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ OURS = (TRITON, NATIVE)
 VOCABULARIES, ROWS = (128256, 151936, 32000), (8192, 1024, 64)
 FLUSHED_BYTES = 256 << 20
 CHECKED_ROWS = 64
+SECONDS_A_ROW = 0.7
+COUNTED_BELOW_MS = 100  # a loop of 8192 steps starts more kernels than the profiler reads in seconds
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ def compiled(function: Function) -> Function:
     return torch.compile(function, dynamic=True)
 
 
+@functools.cache
 def peers() -> tuple[dict[str, Function], dict[str, str]]:
     """Log-probability kernels of other packages, and why the others are left out."""
     found: dict[str, Function] = {}
@@ -339,12 +344,19 @@ def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
         yield from token_problems(device, rows, vocabulary, dtype)
 
 
-def measure(problem: Problem, clock: Clock, bandwidth: float, deadline: float) -> Row:
-    """Check and time every way; a way that fails, or that comes too late, is left out with the reason."""
-    row = Row(
+def named(problem: Problem) -> Row:
+    return Row(
         *(problem.op, problem.case, problem.step, str(problem.dtype)[6:], problem.shape),
         moved_gb=problem.moved_bytes / 1e9,
     )
+
+
+def explained(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}"[:300]
+
+
+def measure(row: Row, problem: Problem, clock: Clock, bandwidth: float, deadline: float) -> None:
+    """Check and time every way; a way that fails is left out with the reason."""
     inputs = problem.inputs()
     make = forward if problem.leaf is None else functools.partial(forward_backward, leaf=problem.leaf)
     steps: dict[str, Callable[[], Outputs]] = {}
@@ -359,21 +371,38 @@ def measure(problem: Problem, clock: Clock, bandwidth: float, deadline: float) -
                 {output: value for output, value in true.items() if output in got},
             )
         except Exception as problem_of_way:  # out of memory, an unsupported GPU, a compiler that is not there
-            row.left_out[name] = f"{type(problem_of_way).__name__}: {problem_of_way}"[:300]
+            row.left_out[name] = explained(problem_of_way)
             continue
         del got
         steps[name] = step
     one_round = sum(clock.once(step) for step in steps.values())
     left = max(deadline - time.monotonic(), 0)
-    rounds = int(min(30, max(3, 1e3 * min(left, 1.5) / one_round)))
+    rounds = int(min(30, max(3, 1e3 * min(left, SECONDS_A_ROW) / one_round)))
     for name, times in clock.in_turn(steps, rounds).items():
         seconds = 1e-3 * statistics.median(times)
         row.ways[name] = Timing(
             *(1e3 * seconds, min(times), problem.moved_bytes / seconds / bandwidth, found[name]),
             extra_mb=extra_memory(steps[name]),
-            launches=launches(steps[name]),
+            launches=launches(steps[name]) if 1e3 * seconds < COUNTED_BELOW_MS else None,
         )
-    return row
+
+
+def compile_all(device: torch.device) -> None:
+    """What torch.compile makes of the first row of each kind and dtype, which are the shapes it compiles at."""
+    rows = itertools.chain(
+        logprob_problems(device, 1024, 2048),
+        *(token_problems(device, ROWS[0], VOCABULARIES[0], dtype) for dtype in _logits.DTYPES),
+        advantage_problems(device, 1024, 8192),
+    )
+    for problem in rows:
+        make = forward if problem.leaf is None else functools.partial(forward_backward, leaf=problem.leaf)
+        started = time.monotonic()
+        try:
+            make(problem.ways[COMPILED], problem.inputs())()
+            outcome = f"{time.monotonic() - started:.1f} s"
+        except Exception as failure:
+            outcome = explained(failure)
+        print(f"{line(named(problem))}{outcome}", flush=True)
 
 
 def report(
@@ -423,7 +452,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--name", help="results go to benchmarks/results/gpu-NAME.json; default: the GPU's name"
     )
-    parser.add_argument("--out", type=Path, help="write them there instead")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks/results", help="write them there instead"
+    )
+    parser.add_argument("--only-compile", action="store_true", help="fill torch.compile's cache, and no more")
     parser.add_argument("--quick", action="store_true", help="a few small rows, on a CPU if need be")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.quick:
@@ -431,29 +463,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.only_compile:
+        compile_all(device)
+        return 0
     clock = Clock(device)
     bandwidth = copy_bandwidth(clock, device)
-    print(f"copy: {bandwidth / 1e9:.0f} GB/s read + written")
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s read + written", flush=True)
     deadline = time.monotonic() + options.seconds
     rows: list[Row] = []
+    path: Path | None = None
+    if not options.quick:
+        name = options.name or torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(
+            " ", "-"
+        )
+        path = options.out / f"gpu-{name}.json"
+    failed = False
     for problem in problems(device, options.quick):
+        row = named(problem)
+        rows.append(row)
         if time.monotonic() > deadline:
-            shape, dtype = dict(problem.shape), str(problem.dtype)[6:]
-            row = Row(problem.op, problem.case, problem.step, dtype, shape, problem.moved_bytes / 1e9)
             row.left_out = {name: "no time left" for name in problem.ways}
         else:
-            row = measure(problem, clock, bandwidth, deadline)
-        rows.append(row)
+            try:
+                measure(row, problem, clock, bandwidth, deadline)
+            except (
+                Exception
+            ) as failure:  # the inputs or the truth: memory, or a device that an earlier row has broken
+                row.left_out = {name: explained(failure) for name in problem.ways}
+                failed = True
         print(line(row), flush=True)
-    lk.set_backend("auto")
-    if options.quick:
-        return 0
-    results = report(rows, device, bandwidth, peers()[1])
-    name = options.name or torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
-    path = options.out / f"gpu-{name}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"results: {path}")
-    return 0
+        lk.set_backend("auto")
+        if path is not None:
+            write(path, report(rows, device, bandwidth, peers()[1]))
+    if path is not None:
+        print(f"results: {path}")
+    return int(failed)
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """As a whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 if __name__ == "__main__":

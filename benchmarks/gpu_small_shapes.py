@@ -1,13 +1,17 @@
 """Every kernel once, forward and backward, on small and awkward shapes: what compute-sanitizer watches.
 
-compute-sanitizer --tool memcheck python -m benchmarks.gpu_small_shapes
+compute-sanitizer --tool memcheck python -m benchmarks.gpu_small_shapes [--seconds 45]
+
+begins no call after so many seconds, and says how many it has left out.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -56,22 +60,28 @@ def calls(
     )[:4]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_small_shapes")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no call begins after them")
+    deadline = time.monotonic() + parser.parse_args(arguments).seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     served = lk.backends()[device.type]
-    names = [name for name in ("triton", "native") if served[name] == "available"]
-    count = 0
+    names = [name for name in ("native", "triton") if served[name] == "available"]
+    count = left_out = 0
     # the longer vocabulary is split over several blocks
-    for name, dtype, vocabulary in itertools.product(names, (torch.float32, torch.bfloat16), (1003, 70001)):
+    for vocabulary, dtype, name in itertools.product((1003, 70001), (torch.bfloat16, torch.float32), names):
         lk.set_backend(name)
         for call in calls(Generator(device).manual_seed(1), dtype, vocabulary):
+            if time.monotonic() > deadline:
+                left_out += 1
+                continue
             outputs = call()
             sum(output.sum() for output in outputs if output.requires_grad).backward()
             count += 1
     if device.type == "cuda":
         torch.cuda.synchronize()
-    print(f"{count} calls on {device.type} through {', '.join(names) or 'nothing'}")
-    return 0 if names else 1
+    print(f"{count} calls on {device.type} through {', '.join(names) or 'nothing'}; {left_out} left out")
+    return 0 if count else 1
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from lsc_kernels import native
 
@@ -26,6 +25,8 @@ NAMESPACE = "lsc_kernels_emulated"
 
 def build() -> Path:
     """Compile what has changed into ``build/emulation`` and return the library."""
+    from filelock import FileLock
+
     folder = ROOT / "build" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
