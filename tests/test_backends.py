@@ -36,7 +36,7 @@ def test_backends_lists_every_device_and_a_reason_for_what_is_missing() -> None:
     table = lk.backends()
     assert set(table) == {"cpu", "cuda"}
     for device, row in table.items():
-        assert list(row) == ["native", "triton", "eager"]
+        assert set(row) == {"native", "triton", "eager"}
         for name, state in row.items():
             assert state == "available" or len(state) > 10, f"{device} {name}: {state!r} explains nothing"
     assert table["cpu"]["eager"] == "available"
