@@ -124,6 +124,8 @@ def engine(
 def _settings(connection: Any, folder: str, memory: str | None, threads: int | None) -> None:
     settings: dict[str, Any] = {
         "temp_directory": folder,
+        # it takes a whole column of a row group at once, which may be more than the memory there is
+        "disable_parquet_prefetching": True,
         "enable_progress_bar": True,
         "enable_progress_bar_print": False,
         "progress_bar_time": 0,

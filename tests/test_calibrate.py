@@ -137,7 +137,10 @@ def test_larger_than_its_memory(tmp_path: Path) -> None:
     random = np.random.default_rng(4)
     number, values = random.integers(0, 50_000, rows), random.normal(size=rows)
     path = tmp_path / "scores.parquet"
-    pq.write_table(pa.table({"prompt": [f"prompt {at}" for at in number.tolist()], "score_x": values}), path)
+    # a column of a row group takes more than the limit by itself
+    table = pa.table({"prompt": [f"prompt {at:>72}" for at in number.tolist()], "score_x": values})
+    pq.write_table(table, path, compression="none", use_dictionary=False, row_group_size=1_000_000)
+    assert path.stat().st_size > 150e6
     told: list[tuple[str, float]] = []
     on_disk = [0]
 
@@ -159,7 +162,7 @@ def test_larger_than_its_memory(tmp_path: Path) -> None:
     assert len(result.table) == len(np.unique(number))
     asked = [0, 7, 49_999]
     wanted = [[np.quantile(values[number == at], 0.85)] for at in asked]
-    found = result.table.lookup([f"prompt {at}" for at in asked])
+    found = result.table.lookup([f"prompt {at:>72}" for at in asked])
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6)
     np.testing.assert_allclose(result.whole.references[0, 0], np.quantile(values, 0.85), rtol=1e-6)
     assert [doing for doing, share in told if share == 1.0] == ["reading", "whole", "prompts"]
