@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -674,6 +676,23 @@ def test_kl_in_the_rewards_of_tokens(
     log = [each for each in trainer.state.log_history if "kl" in each]
     assert log[-1]["kl"] == pytest.approx(float(shaped.kl.sum() / mask.sum()), rel=1e-3, abs=1e-6)
     assert log[-1]["kl"] != 0.0 and trainer.beta == 0.3
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch knows no process groups")
+def test_two_processes_that_share_each_group(policy: Path) -> None:
+    """References, advantages and the logged KL are those of the whole group, on both; the worker compares them."""
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(str(Path(__file__).with_name("_two_processes.py")), str(policy)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lk.__file__).parents[1])},
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert all(f"process {rank}: 2 batches agree" in run.stdout for rank in range(2)), run.stdout
 
 
 @needs_trl
