@@ -312,6 +312,8 @@ def test_from_logprobs(backend: str, generator: Generator, dtype: torch.dtype, k
     logprobs = (-5 * torch.rand(5, 9, generator=generator)).to(dtype)
     ref_logprobs = (logprobs + 0.1 * torch.randn(5, 9, generator=generator)).to(dtype)
     whole = inputs(generator, dtype=dtype) | {"policy": None, "ref": None, "actions": None, "kl": kl}
+    logprobs[~whole["mask"]] = torch.nan
+    upstream = torch.randn(2, 5, 9, generator=generator).double()
     found, wanted = [], []
     for results, cast in ((found, dtype), (wanted, torch.float64)):
         leaves = [tensor.detach().to(cast).requires_grad_() for tensor in (logprobs, ref_logprobs)]
@@ -319,15 +321,22 @@ def test_from_logprobs(backend: str, generator: Generator, dtype: torch.dtype, k
         if results is found:
             out = lk.shaped_rewards(**arguments, policy_logprobs=leaves[0], ref_logprobs=leaves[1])
             assert out.entropy is None
-            values = (out.rewards, out.kl, out.utility)
+            values = (out.rewards, out.kl, out.utility, out.logprobs, out.ref_logprobs)
         else:
             kl_value = truth.kl_from_logprobs(*leaves, kl=kl, mask=whole["mask"]).kl
             scores = lk.reward_head(arguments["hidden"], arguments["weight"], **taken(arguments, HEAD))
             utility = lk.aggregate_rewards(scores, arguments["reference_reward"])
-            values = (lk.token_rewards(utility, kl_value, whole["mask"], beta=BETA), kl_value, utility)
+            rewards = lk.token_rewards(utility, kl_value, whole["mask"], beta=BETA)
+            given = (torch.where(whole["mask"], leaf, 0) for leaf in leaves)
+            values = (rewards, kl_value, utility, *given)
         results.extend(value.detach() for value in values)
-        results.extend(torch.autograd.grad(values[0].sum(), leaves))
-    for name, a, b in zip(("rewards", "kl", "utility", "d policy", "d ref"), found, wanted, strict=True):
+        total = values[0].sum() + sum(
+            (weight * value).sum() for weight, value in zip(upstream, values[3:], strict=True)
+        )
+        results.extend(torch.autograd.grad(total, leaves))
+    names = ("rewards", "kl", "utility", "logprobs", "ref_logprobs", "d policy", "d ref")
+    for name, a, b in zip(names, found, wanted, strict=True):
+        assert name.startswith("d ") or a.dtype is (dtype if dtype is torch.float64 else torch.float32)
         scale = 1e-5 * (1 + b.abs()) if name in ("rewards", "utility") else 1e-6 * b.abs() + 1e-6
         tolerances.check(name, a, b, scale + tolerances.rounding(b, a.dtype))
 

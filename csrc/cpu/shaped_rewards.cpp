@@ -59,6 +59,11 @@ void over_tokens(int64_t batch, int64_t length, int64_t per_task, Sequences& seq
 
 constexpr int64_t kLogprobsPerTask = 2048;
 
+// Elements [begin, end), 0 where they do not count.
+void copy_counted(const float* from, const bool* counted, float* to, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) to[i] = counted && !counted[i] ? 0.0f : from[i];
+}
+
 // [B, T] bool, or nothing where all tokens count.
 std::optional<Tensor> counted_of(const std::optional<Tensor>& mask, const std::optional<Tensor>& actions, Sizes sizes) {
   if (!mask && !actions) return std::nullopt;
@@ -107,12 +112,12 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
   const auto old = dense_floats(old_logprobs);
   const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
 
-  Tensor logprobs = nothing(), ref_logprobs = nothing(), entropy = nothing(), saved = nothing();
+  const Tensor logprobs = empty(per_token, kFloat), ref_logprobs = empty(per_token, kFloat);
+  Tensor entropy = nothing(), saved = nothing();
   if (actions) {
     const TokenTensors tensors(policy, ref, *actions, counted, temperatures, temperature);
     check_actions(tensors);
-    logprobs = empty(per_token, kFloat), ref_logprobs = empty(per_token, kFloat), entropy = empty(per_token, kFloat);
-    saved = empty_saved(tensors.count);
+    entropy = empty(per_token, kFloat), saved = empty_saved(tensors.count);
     const TokenOutputs out{floats(kl), floats(logprobs), floats(ref_logprobs), floats(entropy), floats(saved)};
     if (few_rows(tensors)) {
       forward_few_rows(tensors, &options, out);
@@ -127,7 +132,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
     const Tensor policy_logprobs = *dense_floats(policy), reference = *dense_floats(ref);
     auto* estimate = LSC_DISPATCH_ISA(kl_forward);
     over_tokens(sizes[0], sizes[1], kLogprobsPerTask, sequences, [&](int64_t begin, int64_t end) {
-      estimate(floats(policy_logprobs), floats(reference), data_or_null<bool>(counted), options, floats(kl), begin, end);
+      const bool* counts = data_or_null<bool>(counted);
+      estimate(floats(policy_logprobs), floats(reference), counts, options, floats(kl), begin, end);
+      copy_counted(floats(policy_logprobs), counts, floats(logprobs), begin, end);
+      copy_counted(floats(reference), counts, floats(ref_logprobs), begin, end);
     });
   }
   if (sequences.outside >= 0) index_is_outside(placing.kernel, "placement_index", sequences.outside);

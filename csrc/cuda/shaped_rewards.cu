@@ -49,9 +49,9 @@ struct FromLogits {
 
 struct FromLogprobs {
   Sequences sequences;
-  TypedData logprobs, ref_logprobs;
+  TypedData given, ref_given;  // log-probabilities
   KLArguments options;
-  float* kl;
+  float *kl, *logprobs, *ref_logprobs;
   int64_t blocks_per_sequence;
 };
 
@@ -104,9 +104,11 @@ LSC_KERNEL(kThreads, kBlocksAtOnce<T>) shaped_from_logits(LSC_ARGUMENT FromLogit
   if (thread_index() == 0) in.rewards[row] = reward_at(in.placing, sequence, t, counts, place);
 }
 
-LSC_DEVICE float kl_at(const FromLogprobs& a, int64_t i) {
-  const float logprob = load_one(a.logprobs.dtype, a.logprobs.data, i), ref_logprob = load_one(a.ref_logprobs.dtype, a.ref_logprobs.data, i);
-  return float(value_at(logprob, ref_logprob, a.options, i).kl);
+LSC_DEVICE void write_token(const FromLogprobs& a, int64_t i, bool counts) {
+  const float logprob = counts ? load_one(a.given.dtype, a.given.data, i) : 0.0f;
+  const float ref_logprob = counts ? load_one(a.ref_given.dtype, a.ref_given.data, i) : 0.0f;
+  a.kl[i] = counts ? float(value_at(logprob, ref_logprob, a.options, i).kl) : 0.0f;
+  a.logprobs[i] = logprob, a.ref_logprobs[i] = ref_logprob;
 }
 
 LSC_KERNEL(kThreads, 4) shaped_from_logprobs(LSC_ARGUMENT FromLogprobs a) {
@@ -119,7 +121,7 @@ LSC_KERNEL(kThreads, 4) shaped_from_logprobs(LSC_ARGUMENT FromLogprobs a) {
   for (int64_t t = begin + thread_index(); t < end; t += kThreads) {
     const int64_t at = sequence * length + t;
     const bool counts = in.counts(sequence, t);
-    a.kl[at] = counts ? kl_at(a, at) : 0.0f;
+    write_token(a, at, counts);
     in.rewards[at] = reward_at(in.placing, sequence, t, counts, place);
   }
 }
@@ -165,15 +167,16 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
   const auto old = dense_floats(old_logprobs);
   const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
 
+  const Tensor logprobs = per_token(), ref_logprobs = per_token();
   if (!ids) {
-    const Tensor logprobs = dense(policy), ref_logprobs = dense(ref);
+    const Tensor given = dense(policy), ref_given = dense(ref);
     const int64_t blocks = std::max<int64_t>(1, (length + kPositions - 1) / kPositions);
     launch(&shaped_from_logprobs, batch * blocks, kThreads, policy,
-           FromLogprobs{sequences, typed(logprobs), typed(ref_logprobs), options, floats(kl), blocks});
-    return {rewards, utility, scores, kl, nothing_on(policy), nothing_on(policy), nothing_on(policy), nothing_on(policy)};
+           FromLogprobs{sequences, typed(given), typed(ref_given), options, floats(kl), floats(logprobs), floats(ref_logprobs), blocks});
+    return {rewards, utility, scores, kl, logprobs, ref_logprobs, nothing_on(policy), nothing_on(policy)};
   }
   const TokenTensors tensors(policy, ref, *ids, std::nullopt, temperatures, temperature);
-  const Tensor logprobs = per_token(), ref_logprobs = per_token(), entropy = per_token(), saved = saved_on(policy, tensors.count);
+  const Tensor entropy = per_token(), saved = saved_on(policy, tensors.count);
   FromLogits a{sequences, forward_arguments(tensors, &options, {floats(kl), floats(logprobs), floats(ref_logprobs), floats(entropy), floats(saved)}, policy)};
   const Workspace workspace(a.tokens, tensors, policy);
   with_logits(a.tokens.rows, [&](auto type) {

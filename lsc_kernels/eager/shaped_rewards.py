@@ -68,8 +68,13 @@ def with_counted(policy: PolicySide) -> PolicySide:
     return policy._replace(mask=mask)
 
 
+def left_in(per_token: Tensor, mask: Tensor | None) -> Tensor:
+    """0 where the mask (bool) leaves out."""
+    return per_token if mask is None else torch.where(mask, per_token, 0)
+
+
 class Outputs(NamedTuple):
-    """``logprobs`` to ``state`` are empty where the log-probabilities were given."""
+    """``entropy`` and ``state`` are empty where the log-probabilities were given."""
 
     rewards: Tensor
     utility: Tensor
@@ -92,7 +97,10 @@ def forward(
     utility = aggregate_rewards.forward(scores, *reward[7:])
     if policy.actions is None:
         kl = kl_from_logprobs.forward(policy.policy, policy.ref, policy.mask, policy.old_logprobs, kl_options)
-        logprobs = ref_logprobs = entropy = state = kl.new_empty(0)
+        logprobs, ref_logprobs = (
+            left_in(given, policy.mask).to(kl.dtype, copy=True) for given in (policy.policy, policy.ref)
+        )
+        entropy = state = kl.new_empty(0)
     else:
         kl, logprobs, ref_logprobs, entropy, state = token_kl.forward(
             *(

@@ -61,6 +61,7 @@ def _(
 
     properties = 0 if weight is None else weight.shape[0]
     own_scores = new(0) if hidden is None else new(batch, properties)
-    per_token = [new(0) if actions is None else new(batch, length) for _ in range(3)]
+    entropy = new(0) if actions is None else new(batch, length)
     state = new(0) if actions is None else new(batch * length, SAVED)
-    return new(batch, length), new(batch), own_scores, new(batch, length), *per_token, state
+    per_token = [new(batch, length) for _ in range(3)]
+    return new(batch, length), new(batch), own_scores, *per_token, entropy, state

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsc_kernels.backends import select
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
-from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide, with_counted
+from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide, left_in, with_counted
 from lsc_kernels.eager.token_rewards import RewardOptions
 from lsc_kernels.formula import Formula
 from lsc_kernels.ops import _checks, kl_from_logprobs, token_kl
@@ -102,8 +102,8 @@ def shaped_rewards(
             state to index, ``index`` says the same.
 
     Returns:
-        ``ShapedRewards(rewards, utility, scores, kl, logprobs, ref_logprobs, entropy)``. Given log-probabilities and
-        scores are returned as they are, and ``entropy`` is then None.
+        ``ShapedRewards(rewards, utility, scores, kl, logprobs, ref_logprobs, entropy)``, fp32 (fp64 for fp64 input),
+        0 at what the mask leaves out. ``entropy`` is None where log-probabilities were given.
 
     Gradients:
         To hidden, weight, bias, scores, reference_reward, scale, weights, both models' logits or log-probabilities, and
@@ -166,12 +166,10 @@ def shaped_rewards(
     else:
         outputs = kernels.forward(reward_side, policy_side, kl_options, placing)
     rewards, utility, own_scores, divergence, logprobs, reference, entropy = outputs[:7]
-    if policy_side.actions is None:
-        logprobs, reference, entropy = policy_side.policy, policy_side.ref, None
     return ShapedRewards(
-        rewards, utility, own_scores if reward_side.scores is None else reward_side.scores, divergence,
-        *(logprobs, reference, entropy),
-    )  # fmt: skip
+        *(rewards, utility, own_scores if scores is None else scores.to(utility.dtype), divergence),
+        *(logprobs, reference, None if policy_side.actions is None else entropy),
+    )
 
 
 def _policy_side(
@@ -364,8 +362,16 @@ def _gradients(
                 *wants[11:13],
             )
         )
-    elif to_kl is not None:
+        return gradients
+    both = ((policy.policy, to_logprobs), (policy.ref, to_ref_logprobs))
+    if to_kl is not None:
+        # a sum of two gradients is rounded once
+        precise = (given if to_given is None else given.to(kl.dtype) for given, to_given in both)
         gradients[11:13] = kernels.kl_from_logprobs.backward(
-            to_kl, policy.policy, policy.ref, policy.mask, policy.old_logprobs, ctx.kl_options
+            to_kl, *precise, policy.mask, policy.old_logprobs, ctx.kl_options
         )
+    for place, (given, to_given) in enumerate(both, start=11):
+        if to_given is not None:
+            total = _sum(gradients[place], left_in(to_given, policy.mask))
+            gradients[place] = None if total is None else total.to(given.dtype)
     return gradients

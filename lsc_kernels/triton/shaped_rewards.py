@@ -65,12 +65,12 @@ _REWARD_NUMBERS = (
 _REWARD_DATA = (
     "hidden", "head_mask", "head_index", "segments", "weight", "bias", "scores", "reference", "scale", "floor",
     "exponents", "program", "place_index", "dense", "utilities", "new_scores", "rewards", "mask", "actions",
-    "old_logprobs", "kl",
+    "old_logprobs", "kl", "logprobs", "ref_logprobs",
 )  # fmt: skip
 _LOGIT_NUMBERS = (
     "policy_outer", "policy_inner", "policy_step", "ref_outer", "ref_inner", "ref_step", "temperature_stride",
 )  # fmt: skip
-_LOGIT_DATA = ("policy", "ref", "temperatures", "states", "logprobs", "ref_logprobs", "entropy", "saved")
+_LOGIT_DATA = ("policy", "ref", "temperatures", "states", "entropy", "saved")
 
 
 @triton.jit
@@ -231,7 +231,8 @@ def _logprobs_kernel(
     place_index, place_stride: tl.int64, dense, dense_row: tl.int64, dense_step: tl.int64,
     beta: tl.float64, clip_low: tl.float64, clip_high: tl.float64, utilities, new_scores, rewards,
     mask, actions, old_logprobs, length: tl.int64,
-    policy, policy_row: tl.int64, policy_step: tl.int64, ref, ref_row: tl.int64, ref_step: tl.int64, kl,
+    policy, policy_row: tl.int64, policy_step: tl.int64, ref, ref_row: tl.int64, ref_step: tl.int64,
+    kl, logprobs, ref_logprobs,
     ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64,
     KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, BLOCK: tl.constexpr,
     POOL: tl.constexpr, IGNORE_MISSING: tl.constexpr, HAS_FLOOR: tl.constexpr, PLACEMENT: tl.constexpr,
@@ -274,6 +275,8 @@ def _logprobs_kernel(
     )
     own_kl = tl.where(counted, token.kl, 0.0).to(tl.float32)
     tl.store(kl + sequence * length + position, own_kl, mask=inside)
+    tl.store(logprobs + sequence * length + position, x.to(tl.float32), mask=inside)
+    tl.store(ref_logprobs + sequence * length + position, y.to(tl.float32), mask=inside)
     own_dense = own_kl
     if dense is not None:
         own_dense = tl.load(dense + sequence * dense_row + position * dense_step, mask=counted, other=0.0)
@@ -294,8 +297,9 @@ def _new_outputs(*arguments: Any) -> Outputs:
 
     own_scores = new(0) if hidden is None else new(batch, weight.shape[0])
     if actions is None:
-        nothing = [new(0) for _ in range(4)]
-        return Outputs(new(batch, length), new(batch), own_scores, new(batch, length), *nothing)
+        kl, logprobs, ref_logprobs = (new(batch, length) for _ in range(3))
+        rewards, nothing = new(batch, length), new(0)
+        return Outputs(rewards, new(batch), own_scores, kl, logprobs, ref_logprobs, nothing, nothing)
     kl, logprobs, ref_logprobs, entropy, saved = new_rows(actions, True)
     return Outputs(new(batch, length), new(batch), own_scores, kl, logprobs, ref_logprobs, entropy, saved)
 
@@ -372,7 +376,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     if actions is None:
         launch(
             _logprobs_kernel, (batch, max(1, triton.cdiv(length, BLOCK))), policy.device, *common,
-            *two_strides(policy), *two_strides(ref), out.kl, *limits, BLOCK=BLOCK, **constants,
+            *two_strides(policy), *two_strides(ref), *out[3:6], *limits, BLOCK=BLOCK, **constants,
         )  # fmt: skip
         return tuple(out)
     assert own_actions is not None
