@@ -294,7 +294,7 @@ def trainer_figure(chosen: Sequence[Comparison], path: Path) -> None:
     figure(
         chosen,
         {EAGER: "the trainer's own", NATIVE: "this library"},
-        lambda c: f"{c['op']}{', ' + c['case'] if c['case'] else ''}, {c['step']}\n{shape_of(c)}",
+        lambda c: f"{what(c)}\n{shape_of(c)}",
         "The reward part of a trainer's step, before and after",
         path,
     )
