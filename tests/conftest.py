@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Kernels that are emulated, interpreted, or compiled for a target that is not here take one in so many of the
-    cases that were asked for, others in each run: all of them take some twenty minutes of a core."""
+    cases that were asked for, others in each run: all of them take some half an hour of a core."""
     if config.getoption("--seconds") is not None:
         random.Random(SEED).shuffle(items)
     if config.getoption("--every-case"):
