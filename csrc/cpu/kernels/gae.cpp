@@ -52,11 +52,11 @@ struct Order {
   static int lane(int turn) { return kFromEnd ? kLanes - 1 - turn : turn; }
 };
 
-// x_i = term_i + factor x_i-1, vector by vector.
+// x_i = term_i + factor x_i-1, vector by vector; factor > 0.
 template <bool kFromEnd>
 class Sum {
  public:
-  explicit Sum(double factor) : factor_(factor), powers_(0.0) {
+  explicit Sum(double factor) : powers_(0.0) {
     const Affine one{factor, 0.0};
     Affine power = one;
     for (int i = 0; i < kLanes; ++i, power = composed(power, one)) {
@@ -68,10 +68,6 @@ class Sum {
 
   // The next kLanes of them, after x; x becomes the last.
   Doubles next(Doubles term, Doubles& x) const {
-    if (factor_ == 0) {
-      x = order::last(term);
-      return term;
-    }
     const Doubles zero(0.0);
     term = fma(power_[0], order::template before<1>(term, zero), term);
     if constexpr (kLanes > 2) term = fma(power_[1], order::template before<2>(term, zero), term);
@@ -83,7 +79,6 @@ class Sum {
 
  private:
   using order = Order<kFromEnd>;
-  double factor_;
   Doubles power_[4];      // of 1, 2, 3, 4 positions
   Doubles powers_, all_;  // of the positions up to each lane, and of all
 };
@@ -134,14 +129,52 @@ class Chain {
   bool factors_may_vanish_;
 };
 
+// What the next tile reads, brought near while this one is computed: the hardware fetches ahead upwards, but tiles of a sequence
+// that is read from its end come downwards.
+class Ahead {
+ public:
+  static constexpr int kStep = 16;
+
+  void reads(const TypedData& tensor, int64_t first) { add(tensor.data, first, tensor.dtype == DType::float32 ? 4 : 2); }
+  void reads(const MaskRows& mask, int64_t row, int64_t first) {
+    if (!mask.data || mask.column_stride != 1) return;
+    with_mask_row(mask, row, [&](auto* elements, auto) { add(elements, first, sizeof *elements); });
+  }
+  // Those of kStep places, the tile's i-th the first.
+  void fetch(int i) const {
+    for (const Stream& stream : streams_) {
+      for (int line = 0; line < kStep * stream.bytes; line += 64) __builtin_prefetch(stream.from + i * stream.bytes + line);
+    }
+  }
+
+ private:
+  struct Stream {
+    const char* from = nullptr;
+    int bytes = 0;
+  };
+
+  void add(const void* data, int64_t first, int bytes) {
+    if (data) streams_[count_++] = {static_cast<const char*>(data) + first * bytes, bytes};
+  }
+
+  Stream streams_[3];
+  int count_ = 0;
+};
+
+struct Results {
+  float *one, *other;
+  void write(int at, Doubles first, Doubles second) const { store_rounded(one + at, first), store_rounded(other + at, second); }
+};
+
 // A stretch of a sequence in whole vectors, from where the chain begins; what is left of the last vector is read by nothing.
 template <bool kFromEnd>
 struct Tile {
   alignas(64) float first[kTile + Vec::kLanes] = {}, second[kTile + Vec::kLanes] = {};
-  alignas(64) float results[2][kTile];
+  alignas(64) float rounded[2][kTile];
   alignas(64) uint8_t counted[kTile] = {};
   int offset, n, size;
   bool dense;
+  Ahead ahead;
 
   void place(const MaskRows& mask, int64_t mask_row, int64_t position, int count) {
     n = count, size = (n + kLanes - 1) / kLanes * kLanes;
@@ -149,43 +182,42 @@ struct Tile {
     dense = read_counted(mask, mask_row, position, n, counted + offset) == n;
   }
 
+  // run(results) writes two for each place; they belong to the n places from `at` on. `other` may be null.
+  template <typename Run>
+  void into(int64_t at, float* one, float* other, const Run& run) {
+    const bool whole = n == size;
+    run(Results{whole ? one + at : rounded[0], whole && other ? other + at : rounded[1]});
+    if (whole) return;
+    std::copy_n(rounded[0] + offset, n, one + at);
+    if (other) std::copy_n(rounded[1] + offset, n, other + at);
+  }
+
   // Calls each(place) for the vectors, in order.
   template <typename Each>
   void vectors(const Each& each) const {
-    for (int done = 0; done < size; done += kLanes) each(kFromEnd ? size - kLanes - done : done);
+    const int whole = size;  // stores of vectors may be to anything, for what the compiler knows
+    for (int done = 0; done < whole; done += kLanes) {
+      const int at = kFromEnd ? whole - kLanes - done : done;
+      if (at % Ahead::kStep == 0) ahead.fetch(at);
+      each(at);
+    }
   }
 
   // Where some do not count: term(place) of each vector, and of(place, what it is passed and passes on), its results.
   template <typename Term, typename Of>
-  void over_holes(const Chain<kFromEnd>& chain, double& passed, const Term& term, const Of& of) {
+  void over_holes(const Chain<kFromEnd>& chain, double& passed, Results results, const Term& term, const Of& of) const {
     Doubles now(passed);
     const auto run = [&](auto may_vanish) {
       vectors([&](int at) {
         const Chosen kept = load_chosen(counted + at);
         const auto [one, other] = of(at, chain.template next<decltype(may_vanish)::value>(term(at), kept, now));
-        write(at, select(kept, one, Doubles(0.0)), select(kept, other, Doubles(0.0)));
+        results.write(at, select(kept, one, Doubles(0.0)), select(kept, other, Doubles(0.0)));
       });
     };
     chain.factors_may_vanish() ? run(std::true_type()) : run(std::false_type());
     passed = now.v[0];
   }
-
-  // To the n places from `at` on.
-  void copy_results(int64_t at, float* one, float* other) const {
-    std::copy_n(results[0] + offset, n, one + at);
-    if (other) std::copy_n(results[1] + offset, n, other + at);
-  }
-
-  void write(int at, Doubles one, Doubles other) { store_rounded(results[0] + at, one), store_rounded(results[1] + at, other); }
 };
-
-// The hardware fetches ahead upwards; tiles of a sequence that is read from its end come downwards.
-void prefetch(const TypedData& tensor, int64_t first, int n) {
-  if (!tensor.data) return;
-  const int bytes = tensor.dtype == DType::float32 ? 4 : 2;
-  const char* from = static_cast<const char*>(tensor.data) + first * bytes;
-  for (int i = 0; i < n * bytes; i += 64) __builtin_prefetch(from + i);
-}
 
 // `out` has room for whole vectors; 0 where there is nothing to bring.
 void bring(const float* from, int64_t at, int n, float* out) {
@@ -207,24 +239,24 @@ void gae_forward(
   Tile<true> tile;
   const auto reward = [&](int at) { return load_doubles(tile.first + at); };
   const auto value = [&](int at) { return load_doubles(tile.second + at); };
-  const auto over_all = [&](double& passed) {
+  const auto over_all = [&](double& passed, Results results, auto values_count) {
     tile.second[tile.size] = 0;  // the value after the tile is in what is passed
     Doubles total = zero, into_first = Order<true>::before<1>(zero, Doubles(passed));
-    tile.vectors([&](int at) {
+    tile.vectors([&, results](int at) {
       Doubles term = reward(at) + into_first;
-      if (rule.of_value != 0) term = fma(of_value, value(at + 1), term);
+      if constexpr (decltype(values_count)::value) term = fma(of_value, value(at + 1), term);
       const Doubles totals = sum.next(term, total);
-      tile.write(at, totals, totals - value(at));
+      results.write(at, totals, totals - value(at));
       into_first = zero;
     });
     passed = rule.term(total.v[0], double(tile.second[0]));
   };
-  const auto over_holes = [&](double& passed) {
+  const auto over_holes = [&](double& passed, Results results) {
     const auto term = [&](int at) {
       const Doubles from_reward = rule.of_return != 0 ? of_return * reward(at) : zero;
       return rule.of_value != 0 ? fma(of_value, value(at), from_reward) : from_reward;
     };
-    tile.over_holes(chain, passed, term, [&](int at, const Passed& by) {
+    tile.over_holes(chain, passed, results, term, [&](int at, const Passed& by) {
       const Doubles total = reward(at) + by.to;
       return std::pair(total, total - value(at));
     });
@@ -240,12 +272,16 @@ void gae_forward(
       tile.place(rows.mask, s.mask_row, first, int(stop - first));
       load_tile(in.rewards.dtype, in.rewards.data, at, tile.n, tile.first + tile.offset);
       if (in.values.data) load_tile(in.values.dtype, in.values.data, at, tile.n, tile.second + tile.offset);
+      tile.ahead = {};
       if (first > 0) {
         const int64_t next = std::max<int64_t>(0, first - kTile);
-        prefetch(in.rewards, s.start + next, int(first - next)), prefetch(in.values, s.start + next, int(first - next));
+        tile.ahead.reads(in.rewards, s.start + next), tile.ahead.reads(in.values, s.start + next);
+        tile.ahead.reads(rows.mask, s.mask_row, next);
       }
-      tile.dense ? over_all(passed) : over_holes(passed);
-      tile.copy_results(at, returns, in.values.data ? advantages : nullptr);
+      tile.into(at, returns, in.values.data ? advantages : nullptr, [&](Results results) {
+        if (!tile.dense || rule.of_return == 0) return over_holes(passed, results);
+        rule.of_value == 0 ? over_all(passed, results, std::false_type()) : over_all(passed, results, std::true_type());
+      });
     }
   }
 }
@@ -262,16 +298,16 @@ void gae_backward(
   const auto to_value = [&](int at, Doubles before) {
     return (rule.of_value != 0 ? of_value * before : zero) - to_advantage(at);
   };
-  const auto over_all = [&](double& passed) {
+  const auto over_all = [&](double& passed, Results results) {
     Doubles total(passed);
-    tile.vectors([&](int at) {
+    tile.vectors([&, results](int at) {
       const Doubles before = total, totals = sum.next(term(at), total);
-      tile.write(at, totals, to_value(at, Order<false>::before<1>(totals, before)));
+      results.write(at, totals, to_value(at, Order<false>::before<1>(totals, before)));
     });
     passed = total.v[0];
   };
-  const auto over_holes = [&](double& passed) {
-    tile.over_holes(chain, passed, term, [&](int at, const Passed& by) { return std::pair(by.on, to_value(at, by.to)); });
+  const auto over_holes = [&](double& passed, Results results) {
+    tile.over_holes(chain, passed, results, term, [&](int at, const Passed& by) { return std::pair(by.on, to_value(at, by.to)); });
   };
   for (int64_t b = begin; b < end; ++b) {
     const Sequence s = sequence(rows, b);
@@ -282,8 +318,9 @@ void gae_backward(
       tile.place(rows.mask, s.mask_row, first, int(std::min<int64_t>(kTile, last + 1 - first)));
       bring(grad.advantages, at, tile.n, tile.first);
       bring(grad.returns, at, tile.n, tile.second);
-      tile.dense ? over_all(passed) : over_holes(passed);
-      tile.copy_results(at, out.rewards, out.values);
+      tile.into(at, out.rewards, out.values, [&](Results results) {
+        tile.dense && rule.of_return != 0 ? over_all(passed, results) : over_holes(passed, results);
+      });
     }
     std::fill(out.rewards + s.start + last + 1, out.rewards + s.start + s.length, 0.0f);
     if (out.values) std::fill(out.values + s.start + last + 1, out.values + s.start + s.length, 0.0f);
