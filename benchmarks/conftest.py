@@ -146,6 +146,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Compare:
         )
         benchmark.extra_info.update(record.as_json())
         RECORDS.append(record)
+        save(request.config)
         lk.set_backend("auto")
 
     return run
@@ -177,6 +178,7 @@ def overhead(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., No
         }
         benchmark.extra_info.update(row)
         OVERHEADS.append(row)
+        save(request.config)
         lk.set_backend("auto")
 
     return run
@@ -198,11 +200,10 @@ def instruction_set() -> str:
     return str(_C.isa())
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    config = session.config
-    if smoke(config) or not (RECORDS or OVERHEADS):
+def save(config: pytest.Config) -> None:
+    """What has been measured so far: a run that is cut short leaves its rows."""
+    if smoke(config):
         return
-    name = config.getoption("--bench-name") or f"cpu-{instruction_set()}"
     report = {
         "machine": platform.platform(terse=True),
         "cpu": processor(),
@@ -218,6 +219,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "overheads": OVERHEADS,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    config.get_terminal_writer().line(f"\nresults: {path}")
+    results_path(config).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def results_path(config: pytest.Config) -> Path:
+    return RESULTS / f"{config.getoption('--bench-name') or f'cpu-{instruction_set()}'}.json"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (RECORDS or OVERHEADS) and not smoke(session.config):
+        session.config.get_terminal_writer().line(f"\nresults: {results_path(session.config)}")
