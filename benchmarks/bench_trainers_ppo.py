@@ -151,20 +151,19 @@ def test_gae(compare: Any, size: Any, generator: Generator, openrlhfs: SimpleNam
         ),
     }[trainer]
 
-    def masked(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Outputs]:
-        """Outside the mask they differ; the product costs both the same."""
+    def named(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Outputs]:
+        return lambda *given: dict(zip(("advantages", "returns"), function(*given, GAMMA, LAM), strict=True))
 
-        def both(rewards: Tensor, values: Tensor, mask: Tensor) -> Outputs:
-            advantages, returns = function(rewards, values, mask, GAMMA, LAM)
-            return {"advantages": advantages * mask, "returns": returns * mask}
-
-        return both
+    def truth(rewards: Tensor, values: Tensor, mask: Tensor) -> Outputs:
+        """NaN, which is not compared, outside the mask: there they differ."""
+        outputs = named(theirs)(rewards.double(), values.double(), mask)
+        return {name: torch.where(mask.bool(), output, torch.nan) for name, output in outputs.items()}
 
     compare(
         f"{'verl' if trainer == 'verl' else 'OpenRLHF'} gae",
-        ours=masked(ours),
-        textbook=masked(theirs),
-        truth=lambda rewards, values, mask: masked(theirs)(rewards.double(), values.double(), mask),
+        ours=named(ours),
+        textbook=named(theirs),
+        truth=truth,
         inputs=(rewards, values, mask),
         reads=(rewards, values),
         shape={"B": size.sequences, "T": size.length},
