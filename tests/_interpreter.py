@@ -20,7 +20,9 @@ from triton.runtime import interpreter
 
 Handle, Tensor, Block = interpreter.TensorHandle, tl.core.tensor, tl.core.block_type
 FLOATS = {"fp32": np.float32, "fp64": np.float64}
-NUMBERS: dict[str, Any] = {**FLOATS, "int32": np.int32, "int64": np.int64}
+INTEGERS = {"int32": np.int32, "int64": np.int64}
+NUMBERS: dict[str, Any] = {**FLOATS, **INTEGERS}
+LOADED = (*NUMBERS, "fp16", "bf16")
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 ONE_TRUE = np.ones(1, bool)
 
@@ -62,13 +64,44 @@ def numpy_dtype(slow: Function) -> Function:
     return quick
 
 
+def new_block(slow: Function) -> Function:
+    """The interpreter's own constructor of a block's type, once for a shape and a dtype."""
+    known: dict[tuple[int, tuple[int, ...]], dict[str, Any]] = {}
+
+    def quick(self: Any, element_ty: Any, shape: Any) -> None:
+        lengths = tuple([each.value if each.__class__ is tl.constexpr else each for each in shape])
+        attributes = known.get((id(element_ty), lengths))
+        if attributes is None:
+            slow(self, element_ty, shape)
+            known[id(element_ty), lengths] = self.__dict__.copy()  # keeps the dtype, and so its id
+        else:
+            self.__dict__.update(attributes)
+
+    return quick
+
+
+@functools.cache
+def both_shapes(a: tuple[int, ...], b: tuple[int, ...]) -> Any:
+    """In place of a tensor that has the shape of both together."""
+    try:
+        shape = np.broadcast_shapes(a, b) if len(a) == len(b) else None
+    except ValueError:
+        shape = None
+    if shape is None:
+        return None
+    like = SimpleNamespace(type=Block(tl.float32, list(shape)))
+    like.shape, like.numel = shape_of(shape)
+    return like
+
+
 def spread(a: Any, b: Any) -> Any:
-    """The one of two tensors that has the shape of both together; None where neither has."""
+    """A tensor that has the shape of both together; None where they do not go together, or not so simply."""
     if b.type.__class__ is not Block:
         return a
-    if a.type.__class__ is not Block or a.type.shape == b.type.shape:
+    if a.type.__class__ is not Block:
         return b
-    return None
+    one, other = a.type.shape.values, b.type.shape.values
+    return b if one == other else both_shapes(tuple(one), tuple(other))
 
 
 def number(value: Any, kind: str, of_a_tensor: bool) -> Any:
@@ -83,10 +116,12 @@ def number(value: Any, kind: str, of_a_tensor: bool) -> Any:
             return None
     elif value.__class__ is not float or kind not in FLOATS:
         return None
-    elif of_a_tensor and not (value in (0, np.inf, -np.inf) or SMALLEST <= abs(value) <= LARGEST):
+    elif value != value:
         return None
-    elif of_a_tensor:
+    elif of_a_tensor and (value in (0, np.inf, -np.inf) or SMALLEST <= abs(value) <= LARGEST):
         value = np.float32(value)
+    elif of_a_tensor and kind != "fp64":
+        return None
     return NUMBERS[kind](value if value != 0 else 0)  # there is no -0
 
 
@@ -101,11 +136,16 @@ def operator(
 
     def around(slow: Function) -> Function:
         def quick(self: Any, other: Any) -> Any:
-            kind = self.dtype.name
+            dtype = self.dtype
+            kind = dtype.name
             if kind not in NUMBERS:
                 return slow(self, other)
             if other.__class__ is Tensor:
-                like = spread(self, other) if other.dtype.name == kind else None
+                if kind in INTEGERS and other.dtype.name in INTEGERS and other.dtype.name != kind:
+                    kind, dtype = "int64", tl.int64
+                    like = spread(self, other)
+                else:
+                    like = spread(self, other) if other.dtype.name == kind else None
                 value = other.handle.data
             else:
                 like, value = self, number(other, kind, of_a_tensor)
@@ -117,14 +157,14 @@ def operator(
             if compares:
                 return made(function(a, b), tl.int1, like)
             if kind in FLOATS:
-                return made(function(a, b), self.dtype, like)
+                return made(function(a, b), dtype, like)
             if function is np.divide:
                 return slow(self, other)
             if kind == "int32":
                 wide = function(a.astype(np.int64), b)
                 data = wide.astype(np.int32)
-                return made(data, self.dtype, like) if (data == wide).all() else slow(self, other)
-            return made(function(a, b), self.dtype, like)
+                return made(data, dtype, like) if (data == wide).all() else slow(self, other)
+            return made(function(a, b), dtype, like)
 
         return quick
 
@@ -204,27 +244,33 @@ def larger(function: Function) -> Shortcut:
 
 def fma(slow: Function) -> Function:
     def quick(x: Any, y: Any, z: Any) -> Any:
-        if x.__class__ is y.__class__ is Tensor and x.dtype.name in FLOATS and y.dtype.name == x.dtype.name:
-            like = spread(x, y)
-            if z.__class__ is Tensor:
-                value = z.handle.data
-                like = None if like is None or z.dtype.name != x.dtype.name else spread(like, z)
+        if x.__class__ is not Tensor or x.dtype.name not in FLOATS:
+            return slow(x, y, z)
+        like, values = x, []
+        for each in (y, z):
+            if each.__class__ is Tensor:
+                values.append(each.handle.data)
+                like = None if like is None or each.dtype.name != x.dtype.name else spread(like, each)
             else:
-                value = number(z, x.dtype.name, False)
-                like = None if value is None else like
-            if like is not None:
-                return made(x.handle.data * y.handle.data + value, x.dtype, like)
-        return slow(x, y, z)
+                values.append(number(each, x.dtype.name, True))
+        if like is None or values[0] is None or values[1] is None:
+            return slow(x, y, z)
+        return made(x.handle.data * values[0] + values[1], x.dtype, like)
 
     return quick
 
 
 def where(slow: Function) -> Function:
     def quick(condition: Any, x: Any, y: Any) -> Any:
-        one = x if x.__class__ is Tensor else y
-        if condition.__class__ is not Tensor or one.__class__ is not Tensor or condition.dtype.name != "int1":
+        if condition.__class__ is not Tensor or condition.dtype.name != "int1":
             return slow(condition, x, y)
-        kind, like, values = one.dtype.name, condition, []
+        if x.__class__ is y.__class__ is int:
+            dtype = tl.int32
+        elif x.__class__ is Tensor or y.__class__ is Tensor:
+            dtype = (x if x.__class__ is Tensor else y).dtype
+        else:
+            return slow(condition, x, y)
+        kind, like, values = dtype.name, condition, []
         for each in (x, y):
             if each.__class__ is Tensor:
                 values.append(each.handle.data)
@@ -233,7 +279,7 @@ def where(slow: Function) -> Function:
                 values.append(number(each, kind, False) if kind in NUMBERS else None)
         if like is None or kind not in NUMBERS or values[0] is None or values[1] is None:
             return slow(condition, x, y)
-        return made(np.where(condition.handle.data, *values), one.dtype, like)
+        return made(np.where(condition.handle.data, *values), dtype, like)
 
     return quick
 
@@ -243,10 +289,8 @@ def to(slow: Function) -> Function:
         if dtype.__class__ is tl.dtype and not options and not named:
             if dtype.name == self.dtype.name:
                 return self
-            if (
-                dtype.name in NUMBERS
-                and self.dtype.name in NUMBERS
-                and (dtype.name in FLOATS or self.dtype.name not in FLOATS)
+            if (dtype.name in NUMBERS and self.dtype.name in INTEGERS) or (
+                dtype.name in FLOATS and self.dtype.name in (*FLOATS, "fp16")
             ):
                 return made(self.handle.data.astype(NUMBERS[dtype.name]), dtype, self)
         return slow(self, dtype, *options, **named)
@@ -254,15 +298,43 @@ def to(slow: Function) -> Function:
     return quick
 
 
+def under(mask: Any, pointer: Any, kind: str = "int1") -> bool:
+    """Whether both are blocks of one shape."""
+    return (
+        mask.__class__ is Tensor
+        and mask.dtype.name == kind
+        and mask.type.__class__ is pointer.type.__class__ is Block
+        and mask.type.shape.values == pointer.type.shape.values
+    )
+
+
+@functools.cache
+def elsewhere(value: float, dtype: Any, lengths: tuple[int, ...]) -> Any:
+    """A block of what a load gives where its mask is not set."""
+    semantic = interpreter.interpreter_semantic
+    number = semantic.cast(semantic.to_tensor(value), dtype).handle.data
+    return np.full(lengths, number[0])
+
+
 def load(slow: Function) -> Function:
-    """Of one number."""
+    """Of one number, or of a block of them under a mask."""
 
     def quick(pointer: Any, *options: Any, **named: Any) -> Any:
-        if not options and not named and pointer.type.__class__ is tl.pointer_type:
-            dtype = pointer.dtype.element_ty
-            if dtype.name in NUMBERS:
-                kind = np.dtype(NUMBERS[dtype.name])
-                data = interpreter._interpreter.load(pointer.handle.data, ONE_TRUE, np.zeros(1, kind), kind)
+        if options or pointer.dtype.__class__ is not tl.pointer_type:
+            return slow(pointer, *options, **named)
+        dtype = pointer.dtype.element_ty
+        if not named and pointer.type.__class__ is tl.pointer_type and dtype.name in NUMBERS:
+            kind = np.dtype(NUMBERS[dtype.name])
+            data = interpreter._interpreter.load(pointer.handle.data, ONE_TRUE, np.zeros(1, kind), kind)
+            return made(data, dtype, pointer)
+        if named.keys() == {"mask", "other"} and under(named["mask"], pointer) and dtype.name in LOADED:
+            other = named["other"]
+            value = other.value if other.__class__ is tl.constexpr else other
+            if value.__class__ in (int, float):
+                rest = elsewhere(value, dtype, tuple(pointer.type.shape.values))
+                data = interpreter._interpreter.load(
+                    pointer.handle.data, named["mask"].handle.data, rest, rest.dtype
+                )
                 return made(data, dtype, pointer)
         return slow(pointer, *options, **named)
 
@@ -271,15 +343,15 @@ def load(slow: Function) -> Function:
 
 def store(slow: Function) -> Function:
     def quick(pointer: Any, value: Any, *options: Any, **named: Any) -> Any:
-        if (
-            not options
-            and not named
-            and pointer.type.__class__ is tl.pointer_type
-            and value.__class__ is Tensor
-        ):
-            kind = pointer.dtype.element_ty.name
-            if kind in NUMBERS and value.dtype.name == kind and value.type.__class__ is not Block:
-                return interpreter._interpreter.store(pointer.handle.data, value.handle.data, ONE_TRUE)
+        if options or pointer.dtype.__class__ is not tl.pointer_type or value.__class__ is not Tensor:
+            return slow(pointer, value, *options, **named)
+        kind = pointer.dtype.element_ty.name
+        if value.dtype.name == kind and kind in LOADED:
+            data = value.handle.data
+            if not named and pointer.type.__class__ is tl.pointer_type and value.type.__class__ is not Block:
+                return interpreter._interpreter.store(pointer.handle.data, data, ONE_TRUE)
+            if named.keys() == {"mask"} and under(named["mask"], pointer) and under(value, pointer, kind):
+                return interpreter._interpreter.store(pointer.handle.data, data, named["mask"].handle.data)
         return slow(pointer, value, *options, **named)
 
     return quick
@@ -291,6 +363,8 @@ def full(slow: Function) -> Function:
             value = value.value
         if shape == () and value.__class__ in (int, float) and dtype.name in FLOATS:
             return Tensor(Handle(np.array([value if value != 0 else 0], FLOATS[dtype.name]), dtype), dtype)
+        if shape == () and value.__class__ is bool and dtype.name == "int1":
+            return Tensor(Handle(np.array([value]), dtype), dtype)
         return slow(shape, value, dtype)
 
     return quick
@@ -369,6 +443,7 @@ def quicken() -> None:
     interpreter.GridExecutor.__call__ = np.errstate(all="ignore")(interpreter.GridExecutor.__call__)
     interpreter.GridExecutor._restore_args_dev = lambda *_: None  # the CPU's tensors are the kernels' own
     Tensor.__init__ = new_tensor
+    Block.__init__ = new_block(Block.__init__)
     interpreter._get_np_dtype = numpy_dtype(interpreter._get_np_dtype)
     interpreter.ScanOps.generic_scan = scan
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **named: self.rewrite()(*args, **named)

@@ -281,12 +281,16 @@ def test_the_quick_interpreter_gives_the_same_bits(generator: Generator) -> None
         return tl.tensor(quick.Handle(data, dtype), tl.block_type(dtype, list(shape)) if shape else dtype)
 
     def outcome(function: Any, arguments: Any) -> Any:
+        named = arguments[-1] if isinstance(arguments[-1], dict) else {}
+        before = memory.clone()
         try:
-            result = function(*arguments)
+            result = function(*arguments[: len(arguments) - bool(named)], **named)
         except Exception as problem:
             return type(problem)
+        written = memory.numpy().tobytes()
+        memory.copy_(before)
         if result is None or result.handle is None:
-            return None
+            return written
         data = result.handle.data
         numel = tl.constexpr(math.prod(each.value for each in result.shape)).value
         return (
@@ -295,9 +299,17 @@ def test_the_quick_interpreter_gives_the_same_bits(generator: Generator) -> None
         )  # fmt: skip
 
     memory = torch.randn(64, generator=generator)
-    pointer_type = tl.pointer_type(tl.float32)
-    address = np.array([memory.data_ptr()], np.uint64)
-    pointer = tl.tensor(quick.Handle(address, pointer_type), pointer_type)
+
+    def pointing(dtype: Any, shape: tuple[int, ...] = ()) -> Any:
+        kind = tl.pointer_type(dtype)
+        bytes_each = dtype.primitive_bitwidth // 8
+        address = memory.data_ptr() + bytes_each * np.arange(math.prod(shape), dtype=np.uint64)
+        return tl.tensor(
+            quick.Handle(address.reshape(shape or (1,)), kind),
+            tl.block_type(kind, list(shape)) if shape else kind,
+        )
+
+    pointer = pointing(tl.float32)
     dtypes = [tl.float32, tl.float64, tl.int32, tl.int64, tl.int1, tl.float16, tl.uint8]
     tensors = [tensor(dtype, shape) for dtype in dtypes for shape in ((), (8,), (4, 8), (4, 1), (1,))]
     numbers = [
@@ -324,12 +336,22 @@ def test_the_quick_interpreter_gives_the_same_bits(generator: Generator) -> None
         "__neg__": [(a,) for a in tensors],
         **{name: [(a,) for a in tensors] for name in ("exp", "exp2", "log", "abs")},
         "to": [(a, dtype) for a in tensors for dtype in dtypes],
-        "fma": [(*pair, third) for pair in pairs[:100] for third in (one, tensors[1], 0.5)],
-        "where": [(condition, *pair) for pair in pairs[:100] for condition in conditions],
+        "fma": [(*pair, third) for pair in pairs[:100] for third in (one, tensors[1], 0.5, 0.1)],
+        "where": [
+            (condition, *pair) for pair in (*pairs[:100], (0, 1), (0.5, 1.5)) for condition in conditions
+        ],
         "load": [(pointer,), (pointer + tensors[11],)],
         "store": [(pointer, tensors[0]), (pointer, tensors[5]), (pointer, 2.0)],
-        "full": [(shape, value, dtype) for shape in ((), [8]) for value in numbers for dtype in dtypes[:3]],
+        "full": [(shape, value, dtype) for shape in ((), [8]) for value in numbers for dtype in dtypes[:5]],
     }
+    masks = [tensor(tl.int1, shape) for shape in ((8,), (4, 8), (1,), (4, 1))]
+    for dtype in (*dtypes[:5], tl.float16, tl.bfloat16):
+        for shape in ((8,), (4, 8)):
+            block, value = pointing(dtype, shape), tensor(dtype, shape)
+            for mask in masks:
+                given["load"] += [(block, {"mask": mask, "other": other}) for other in (*numbers, value)]
+                given["load"] += [(block, {"mask": mask})]
+                given["store"] += [(block, each, {"mask": mask}) for each in (value, one, tensors[1])]
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for place, name, _ in quick.shortcuts():
