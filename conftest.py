@@ -41,11 +41,13 @@ elif not torch.cuda.is_available():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `-n auto --dist loadgroup`: an op's cases go to whoever is free, other files stay whole.
+    """For `-n auto --dist loadgroup`: an op's cases and slow tests go to whoever is free, other files stay whole.
 
-    The examples of a page build on each other, and fixtures of a module are made once.
+    The examples of a page build on each other, and fixtures of a module are made once. Whole files are begun first,
+    then slow tests, so that no long one is left for the end.
     """
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
-            if "backend" not in getattr(item, "fixturenames", ()):
+            if "backend" not in getattr(item, "fixturenames", ()) and not item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -34,36 +34,29 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
 
 
-ONE_IN = {"cuda-emulated": 4, "triton": 6, "ahead of time": 12}
-SLOW_WAYS = {
-    **{backend: backend for backend in ("cuda-emulated", "triton")},
-    **{target: "ahead of time" for target in ("sm_80", "sm_90", "sm_100", "gfx942")},
-}
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-case", action="store_true", help="all cases of the slow ways too")
+    parser.addoption("--every-case", action="store_true", help="all cases of the emulated CUDA kernels too")
     parser.addoption("--seconds", type=float, help="in random order, and skip what has not begun by then")
+
+
+EMULATED_ONE_IN = 4
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Kernels that are emulated, interpreted, or compiled for a target that is not here take one in so many of the
-    cases that were asked for, others in each run: all of them take some half an hour of a core."""
+    """Emulated CUDA kernels take a part of the cases that were asked for, others in each run: all of them take some
+    ten minutes of a core."""
     if config.getoption("--seconds") is not None:
         random.Random(SEED).shuffle(items)
     if config.getoption("--every-case"):
         return
-    cases: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        way = parameters.get("backend", parameters.get("target"))
-        if way in SLOW_WAYS and not (way == "triton" and torch.cuda.is_available()):
-            cases.setdefault(SLOW_WAYS[way], []).append(item)
-    left_out = set()
-    for way, several in cases.items():
-        draw = random.Random(f"{SEED} {way}")
-        left_out.update(draw.sample(several, len(several) - -(-len(several) // ONE_IN[way])))
+    emulated = [
+        item
+        for item in items
+        if hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda-emulated"
+    ]
+    taken = -(-len(emulated) // EMULATED_ONE_IN)
+    left_out = set(random.Random(SEED).sample(emulated, len(emulated) - taken))
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -215,41 +214,28 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 KINDS = {"float32": ("full",), "bfloat16": ("k3",), "float16": ("full_reverse",)}
 
 
-@pytest.fixture(scope="module")
-def compiled(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[dict[tuple[str, str], Future[str]]]:
-    """Every kernel for the targets and dtypes of this run, in processes of their own: this one interprets."""
-    cache = tmp_path_factory.mktemp("triton-cache")
-
-    def run(target: str, dtype: str) -> str:
-        program = [sys.executable, str(Path(__file__).parent / "_aot.py"), target, dtype, *KINDS[dtype]]
-        environment = {
-            **os.environ,
-            "TRITON_INTERPRET": "0",
-            "TRITON_CACHE_DIR": str(cache),
-            "OMP_NUM_THREADS": "1",
-        }
-        environment["PYTHONPATH"] = str(Path(lk.__file__).parent.parent)
-        done = subprocess.run(program, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    asked = [
-        (item.callspec.params["target"], item.callspec.params["dtype"])
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.function is test_compiles_ahead_of_time
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {pair: pool.submit(run, *pair) for pair in asked}
+@pytest.fixture(scope="session")
+def compiled_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triton's cache of this run: a kernel that does not see the logits' dtype is compiled once for a target."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "triton-cache"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_ahead_of_time(
-    compiled: dict[tuple[str, str], Future[str]], target: str, dtype: str
-) -> None:
-    facts = [json.loads(line) for line in compiled[target, dtype].result().splitlines()]
+def test_compiles_ahead_of_time(compiled_before: Path, target: str, dtype: str) -> None:
+    program = [sys.executable, str(Path(__file__).parent / "_aot.py"), target, dtype, *KINDS[dtype]]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",  # a process of its own: this one interprets
+        "TRITON_CACHE_DIR": str(compiled_before),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(lk.__file__).parent.parent),
+    }
+    done = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = [json.loads(line) for line in done.stdout.splitlines()]
     assert {fact["kernel"].split(".")[0] for fact in facts} >= {
         "aggregate_rewards", "gae", "group_advantages", "kl_from_logprobs", "lsc_transform", "masked_whiten",
         "reward_head", "shaped_rewards", "token_rewards", "token_rows",
