@@ -171,13 +171,16 @@ def test_long_sequences(backend: str, generator: Generator, gamma: float, lam: f
 
 
 def by_hand_dense(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    rewards, values = rewards.double(), values.double()
-    advantages = torch.zeros_like(rewards)
-    last, next_values = torch.zeros(rewards.shape[0]).double(), torch.zeros(rewards.shape[0]).double()
-    for t in reversed(range(rewards.shape[1])):
-        last = rewards[:, t] + gamma * next_values - values[:, t] + gamma * lam * last
-        advantages[:, t], next_values = last, values[:, t]
-    return advantages, advantages + values
+    rows = []
+    for reward, value in zip(rewards.tolist(), values.tolist(), strict=True):  # Python's numbers are fp64
+        row, last, next_value = [], 0.0, 0.0
+        for r, v in zip(reversed(reward), reversed(value), strict=True):
+            last = r + gamma * next_value - v + gamma * lam * last
+            row.append(last)
+            next_value = v
+        rows.append(row[::-1])
+    advantages = torch.tensor(rows, dtype=torch.float64)
+    return advantages, advantages + values.double()
 
 
 @pytest.mark.parametrize("holes", HOLES)
