@@ -172,11 +172,11 @@ def launch_everything(dtype: torch.dtype, kinds: tuple[str, ...]) -> None:
     reward = RewardSide(hidden, weight, bias, mask, None, None, None, weights, 1.0, 0.0, None, False, None)
     logical = reward._replace(weights=weights, program=formula[-1])
     three = logits.view(batch, length, vocabulary)
-    for reads in (True, False):
+    # with and without a program, and reading the logits itself or not: each with each, in two dtypes
+    policy = PolicySide(three, three, actions.view(batch, length), mask, None, 1.0, None, None)
+    for side, reads in ((reward, dtype is torch.bfloat16), (logical, dtype is not torch.bfloat16)):
         modules["token_kl"].SPLIT_BELOW = 1 if reads else 512
-        policy = PolicySide(three, three, actions.view(batch, length), mask, None, 1.0, None, None)
-        for side in (reward, logical):
-            modules["shaped_rewards"].forward(side, policy, sampled, placing)
+        modules["shaped_rewards"].forward(side, policy, sampled, placing)
     policy = PolicySide(rows.to(dtype), rows, None, mask, None, 1.0, None, None)
     for side in (reward, logical):
         modules["shaped_rewards"].forward(side, policy, sampled, placing)
