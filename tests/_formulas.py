@@ -7,6 +7,7 @@ to 100 and weights up to 4 of 7 properties, where the least probable outcome has
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -68,11 +69,11 @@ def probability(formula: Formula, of: Mapping[str | int, mpmath.mpf]) -> mpmath.
     if has_weakest(formula):
         parts = {str(index): probability(part, of) for index, part in enumerate(formula.parts)}
         return probability(_over_leaves(formula, [lk.prop(name) for name in parts]), parts)
-    total = mpmath.mpf(0)
+    total, good = mpmath.mpf(0), weighted(formula, of)
     for bits in itertools.product((False, True), repeat=len(names)):
         outcome = dict(zip(names, bits, strict=True))
         if holds(formula, outcome):
-            total += mpmath.fprod(p if outcome[name] else 1 - p for name, p in weighted(formula, of).items())
+            total += mpmath.fprod(p if outcome[name] else 1 - p for name, p in good.items())
     return total
 
 
@@ -87,8 +88,13 @@ def utility(
 ) -> mpmath.mpf:
     """log P(formula), where property k has the probability sigmoid(z_k)^w_k."""
     return mpmath.log(
-        probability(formula, {name: (1 + mpmath.exp(-z[name])) ** -weights[name] for name in z})
+        probability(formula, {name: judged(z[name], weights[name], mpmath.mp.prec) for name in z})
     )
+
+
+@functools.lru_cache(maxsize=64)  # a gradient moves one property at a time
+def judged(z: mpmath.mpf, weight: mpmath.mpf, precision: int) -> mpmath.mpf:
+    return (1 + mpmath.exp(-z)) ** -weight
 
 
 def gradient(
