@@ -116,11 +116,9 @@ def number(value: Any, kind: str, of_a_tensor: bool) -> Any:
             return None
     elif value.__class__ is not float or kind not in FLOATS:
         return None
-    elif value != value:
-        return None
     elif of_a_tensor and (value in (0, np.inf, -np.inf) or SMALLEST <= abs(value) <= LARGEST):
         value = np.float32(value)
-    elif of_a_tensor and kind != "fp64":
+    elif of_a_tensor and (kind != "fp64" or value != value):
         return None
     return NUMBERS[kind](value if value != 0 else 0)  # there is no -0
 
@@ -323,8 +321,8 @@ def load(slow: Function) -> Function:
         if options or pointer.dtype.__class__ is not tl.pointer_type:
             return slow(pointer, *options, **named)
         dtype = pointer.dtype.element_ty
-        if not named and pointer.type.__class__ is tl.pointer_type and dtype.name in NUMBERS:
-            kind = np.dtype(NUMBERS[dtype.name])
+        if not named and pointer.type.__class__ is tl.pointer_type and dtype.name in LOADED:
+            kind = interpreter._get_np_dtype(dtype)
             data = interpreter._interpreter.load(pointer.handle.data, ONE_TRUE, np.zeros(1, kind), kind)
             return made(data, dtype, pointer)
         if named.keys() == {"mask", "other"} and under(named["mask"], pointer) and dtype.name in LOADED:

@@ -332,6 +332,7 @@ def test_the_quick_interpreter_gives_the_same_bits(generator: Generator) -> None
     }
     masks = [tensor(tl.int1, shape) for shape in ((8,), (4, 8), (1,), (4, 1))]
     for dtype in (*dtypes[:5], tl.float16, tl.bfloat16):
+        given["load"] += [(pointing(dtype),)]
         for shape in ((8,), (4, 8)):
             block, value = pointing(dtype, shape), tensor(dtype, shape)
             for mask in masks:
