@@ -27,11 +27,12 @@ def instruction_set(name: str) -> Iterator[None]:
     if not name:
         yield
         return
+    before = native._C.isa()
     native._C.set_isa(name)
     try:
         yield
     finally:
-        native._C.set_isa("auto")
+        native._C.set_isa(before)
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:

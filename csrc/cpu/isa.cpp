@@ -23,8 +23,12 @@ constexpr Isa kAll[] = {Isa::baseline, Isa::avx2, Isa::avx512};
 }
 
 [[maybe_unused]] bool has_avx512() {
+#if defined(LSC_AVX512_EMULATED)
+  return has_avx2();
+#else
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
 }
 #endif
 
