@@ -13,7 +13,7 @@ namespace lsc {
 
 namespace {
 
-constexpr int64_t kPerBlock = 1 << 14;
+constexpr int64_t kPerTask = 1 << 14;
 
 struct Elements {
   Tensor x;
@@ -27,11 +27,11 @@ struct Elements {
 
   // Blocks that do not depend on the number of threads; their results come in order.
   template <typename Result, typename Block>
-  std::vector<Result> blocks(const Block& block) const {
+  std::vector<Result> blocks(int64_t size, const Block& block) const {
     const int64_t count = x.numel();
-    std::vector<Result> results((count + kPerBlock - 1) / kPerBlock);
-    torch::stable::parallel_for(0, int64_t(results.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) results[i] = block(i * kPerBlock, std::min(count, (i + 1) * kPerBlock));
+    std::vector<Result> results((count + size - 1) / size);
+    torch::stable::parallel_for(0, int64_t(results.size()), kPerTask / size, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) results[i] = block(i * size, std::min(count, (i + 1) * size));
     });
     return results;
   }
@@ -64,7 +64,7 @@ Tensor doubles(std::initializer_list<double> values) {
 static Tensor moments(Tensor x, std::optional<Tensor> mask) {
   const Elements elements(x, mask);
   auto* kernel = LSC_DISPATCH_ISA(whiten_moments);
-  const Moments all = merged(elements.blocks<Moments>([&](int64_t begin, int64_t end) { return kernel(elements.kernel, begin, end); }));
+  const Moments all = merged(elements.blocks<Moments>(kWhitenTile, [&](int64_t begin, int64_t end) { return kernel(elements.kernel, begin, end); }));
   return doubles({all.count, all.mean, all.m2});
 }
 
@@ -75,7 +75,7 @@ static Tensor forward(Tensor x, std::optional<Tensor> mask, Tensor given_moments
   const Whitening rule = whitening_of(all, shift_mean, eps, correction);
   const Tensor out = empty_large(elements.x.sizes(), torch::headeronly::ScalarType::Float);
   auto* kernel = LSC_DISPATCH_ISA(whiten_forward);
-  torch::stable::parallel_for(0, elements.x.numel(), kPerBlock, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, elements.x.numel(), kPerTask, [&](int64_t begin, int64_t end) {
     kernel(elements.kernel, rule, floats(out), begin, end);
   });
   return out;
@@ -87,7 +87,7 @@ static Tensor sums(Tensor grad, Tensor x, std::optional<Tensor> mask, Tensor giv
   const double mean = moments_in(held).mean;
   auto* kernel = LSC_DISPATCH_ISA(whiten_gradient_sums);
   const std::vector<GradientSums> parts = elements.blocks<GradientSums>(
-      [&](int64_t begin, int64_t end) { return kernel(elements.kernel, floats(upstream), mean, begin, end); });
+      kPerTask, [&](int64_t begin, int64_t end) { return kernel(elements.kernel, floats(upstream), mean, begin, end); });
   GradientSums all{0, 0};
   for (const GradientSums& part : parts) all.sum += part.sum, all.along += part.along;
   return doubles({all.sum, all.along});
@@ -102,7 +102,7 @@ static Tensor backward(
   const WhiteningGradient rule = whitening_gradient_of(moments_in(held), {total[0], total[1]}, shift_mean, eps, correction);
   const Tensor out = empty_large(elements.x.sizes(), elements.x.scalar_type());
   auto* kernel = LSC_DISPATCH_ISA(whiten_backward);
-  torch::stable::parallel_for(0, elements.x.numel(), kPerBlock, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, elements.x.numel(), kPerTask, [&](int64_t begin, int64_t end) {
     kernel(elements.kernel, floats(upstream), rule, out.data_ptr(), begin, end);
   });
   return out;

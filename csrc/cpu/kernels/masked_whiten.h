@@ -13,8 +13,11 @@ struct WhitenInputs {
   MaskRows mask;
 };
 
+constexpr int kWhitenTile = 512;
+
 LSC_DECLARE_KERNELS(
     // Elements [begin, end); what the mask leaves out counts for nothing and becomes 0.
+    // The moments are of one tile at most.
     Moments whiten_moments(const WhitenInputs&, int64_t begin, int64_t end);
     void whiten_forward(const WhitenInputs&, const Whitening&, float* out, int64_t begin, int64_t end);
     GradientSums whiten_gradient_sums(const WhitenInputs&, const float* grad, double mean, int64_t begin, int64_t end);
