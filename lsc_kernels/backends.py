@@ -117,22 +117,21 @@ def _check_environment() -> None:
         raise ValueError(_environment_error)
 
 
-def select(op: str, *operands: object) -> ModuleType:
-    """The module that serves ``op`` for the tensors among its operands (all on one device: the op has checked)."""
+def select(op: str, tensor: torch.Tensor, *operands: object) -> ModuleType:
+    """The module that serves ``op`` for a tensor and those among the other operands (one device: checked)."""
     if _environment_error is not None:
         _check_environment()
-    device_type = "cpu"
+    if tensor.dtype is torch.float64:
+        return eager.OPS[op]
     for operand in operands:
-        if isinstance(operand, torch.Tensor):
-            if operand.dtype is torch.float64:
-                return eager.OPS[op]
-            if not operand.is_cpu:
-                device_type = operand.device.type
+        if isinstance(operand, torch.Tensor) and operand.dtype is torch.float64:
+            return eager.OPS[op]
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type
     if device_type not in _serving:
         _decide(device_type)
-    kernels = _serving[device_type]
-    if op in kernels:
-        return kernels[op]
+    kernels = _serving[device_type].get(op)
+    if kernels is not None:
+        return kernels
     if not torch.compiler.is_compiling():
         _warn_fallback(op, device_type)
     return eager.OPS[op]

@@ -71,7 +71,7 @@ def fit_scale(scores_chosen: Tensor, scores_rejected: Tensor, *, confidence: flo
         (True, 3, 4000)
     """
     differences = _differences(scores_chosen, scores_rejected)
-    if isinstance(confidence, bool) or not isinstance(confidence, (int, float)):
+    if not _checks.is_number(confidence):
         raise TypeError(f"confidence must be a float; got {type(confidence).__name__}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1); got {confidence}")
@@ -117,7 +117,7 @@ def _differences(scores_chosen: Tensor, scores_rejected: Tensor) -> Tensor:
     chosen = _checks.floating("scores_chosen", scores_chosen)
     rejected = _checks.floating("scores_rejected", scores_rejected)
     _checks.shape("scores_rejected", rejected, chosen.shape, "scores_chosen")
-    _checks.same_device("scores_rejected", rejected, "scores_chosen", chosen)
+    _checks.same_device("scores_rejected", rejected, "scores_chosen", chosen.device)
     if chosen.numel() == 0:
         raise ValueError("scores_chosen must not be empty")
     for name, scores in (("scores_chosen", chosen), ("scores_rejected", rejected)):

@@ -214,7 +214,7 @@ def _clip(
 def _statistics_of(reward: Tensor, samples: object, dim: object) -> Tensor:
     """What mean, deviation, minimum and maximum are taken of."""
     found = reward if samples is None else _checks.floating("samples", samples)
-    _checks.same_device("samples", found, "reward", reward)
+    _checks.same_device("samples", found, "reward", reward.device)
     if samples is not None and found.numel() == 0:
         raise ValueError(f"samples must not be empty; got {list(found.shape)}")
     if dim is None:
@@ -274,7 +274,7 @@ def _minmax(
 def _distribution(reward: Tensor, samples: object) -> Tensor:
     """F(reward) in fp64."""
     found = _checks.floating("samples", samples)
-    _checks.same_device("samples", found, "reward", reward)
+    _checks.same_device("samples", found, "reward", reward.device)
     if found.dim() == 0 or found.shape[-1] == 0:
         raise ValueError(f"samples must be [..., n] with n > 0; got {list(found.shape)}")
     try:

@@ -166,7 +166,8 @@ def launch_everything(dtype: torch.dtype, kinds: tuple[str, ...]) -> None:
     modules["token_rewards"].backward(rows, scores[:, 0], rows, mask, None, rows, placing, True, True, True)
     sampled = KLOptions("k3")
     modules["kl_from_logprobs"].forward(rows.to(dtype), rows, mask, None, sampled)
-    modules["kl_from_logprobs"].backward(rows, rows.to(dtype), rows, mask, None, sampled)
+    for wants in ((True, False), (True, True)):
+        modules["kl_from_logprobs"].backward(rows, rows.to(dtype), rows, mask, None, sampled, *wants)
     launch_advantages(modules, rows.to(dtype), rows, mask)
 
     reward = RewardSide(hidden, weight, bias, mask, None, None, None, weights, 1.0, 0.0, None, False, None)

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 import lsc_kernels as lk
+from lsc_kernels.backends import select
+from lsc_kernels.eager.kl_from_logprobs import KLOptions
 
 INF = torch.inf
 
@@ -229,6 +231,30 @@ def test_gradient_only_where_asked(backend: str, generator: Generator) -> None:
         assert (x.grad is not None, y.grad is not None) == wants
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "old_logprobs"])
+def test_each_gradient_alone_is_the_one_of_both(backend: str, generator: Generator, weighted: bool) -> None:
+    given = pair(generator, (5, 7))
+    mask = torch.rand(5, 7, generator=generator) < 0.7
+    old = given[0] + 0.1 * torch.randn(5, 7, generator=generator) if weighted else None
+
+    def gradients(wanted: tuple[bool, bool]) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(given, wanted, strict=True)]
+        kl = lk.kl_from_logprobs(*leaves, mask=mask, old_logprobs=old)
+        return list(torch.autograd.grad(kl.sum(), [leaf for leaf in leaves if leaf.requires_grad]))
+
+    to_logprobs, to_ref = gradients((True, True))
+    assert torch.equal(gradients((True, False))[0], to_logprobs)
+    assert torch.equal(gradients((False, True))[0], to_ref)
+
+
+def test_an_unwanted_gradient_is_not_made(backend: str, generator: Generator) -> None:
+    logprobs, ref = pair(generator, (3, 7))
+    kernels = select("kl_from_logprobs", logprobs, ref)
+    for wanted in itertools.product((True, False), repeat=2):
+        made = kernels.backward(torch.ones(3, 7), logprobs, ref, None, None, KLOptions("k3"), *wanted)
+        assert tuple(gradient is not None for gradient in made) == wanted
+
+
 def test_weighted_k3_keeps_its_slope_far_below_the_reference(backend: str) -> None:
     """d (w (exp(-d) - 1 + d)) / d log pi = w d, of which the two parts are as large as exp(-d)."""
     d = torch.tensor([-1e-3, -5.0, -30.0, -60.0, -200.0, 3.0])
@@ -335,7 +361,7 @@ def test_compile(backend: str, generator: Generator) -> None:
 def test_opcheck(generator: Generator) -> None:
     logprobs, ref = pair(generator, (3, 7))
     mask = torch.rand(3, 7, generator=generator) < 0.5
-    options = (3, False, -INF, INF, -INF, INF)
+    options = (3, False, (-1.0, 1.0), None)
     ops = torch.ops.lsc_kernels
     for arguments in (
         (logprobs, ref, None, None, *options),
@@ -343,7 +369,8 @@ def test_opcheck(generator: Generator) -> None:
     ):
         torch.library.opcheck(ops.kl_from_logprobs_forward.default, arguments)
         upstream = torch.randn(arguments[0].shape, generator=generator)
-        torch.library.opcheck(ops.kl_from_logprobs_backward.default, (upstream, *arguments))
+        for wanted in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(ops.kl_from_logprobs_backward.default, (upstream, *arguments, *wanted))
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))

@@ -782,7 +782,7 @@ class TestModes:
         actions = sampled_actions(generator, policy)
         mask = torch.rand(3, 4, generator=generator) < 0.5
         per_row, old = torch.ones(3, 4, dtype=torch.float64), torch.zeros(3, 4)
-        options = (list(KINDS).index(kl), False, -torch.inf, torch.inf, -torch.inf, torch.inf)
+        options = (list(KINDS).index(kl), False, None, (0.0, torch.inf))
         ops = torch.ops.lsc_kernels
         for arguments in (
             (policy, ref, actions, None, None, None, 0.7, *options),

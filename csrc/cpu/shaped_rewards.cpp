@@ -13,6 +13,7 @@
 #include "cpu/kernels/kl_from_logprobs.h"
 #include "cpu/reward_tensors.h"
 #include "cpu/token_tensors.h"
+#include "tensors/kl.h"
 
 namespace lsc {
 
@@ -87,9 +88,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
     std::optional<Tensor> scale, double scale_number, std::optional<Tensor> floor, double floor_number,
     std::optional<Tensor> weights, bool ignore_missing, ProgramNumbers program, Tensor policy, Tensor ref,
     std::optional<Tensor> given_actions, std::optional<Tensor> mask, std::optional<Tensor> old_logprobs, std::optional<Tensor> temperatures,
-    double temperature, int64_t kind, bool straight_through, double ratio_low, double ratio_high, double kl_low,
-    double kl_high, std::optional<Tensor> index, std::optional<Tensor> dense_rewards, double beta, int64_t placement,
-    double clip_low, double clip_high) {
+    double temperature, int64_t kind, bool straight_through, Clamp log_ratio_clamp, Clamp kl_clamp,
+    std::optional<Tensor> index, std::optional<Tensor> dense_rewards, double beta, int64_t placement, double clip_low,
+    double clip_high) {
   const int64_t sizes[2] = {policy.size(0), policy.size(1)};
   const Sizes per_token(sizes, 2), per_sequence(sizes, 1);
   const auto actions = dense(given_actions), counted = counted_of(mask, actions, per_token);
@@ -110,7 +111,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
   const RewardTensors placing(utility, kl, counted, index, dense_rewards, beta, placement, clip_low, clip_high);
   Sequences sequences{head, aggregation, placing, floats(scores), floats(utility), floats(rewards)};
   const auto old = dense_floats(old_logprobs);
-  const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
+  const KLArguments options = kl_arguments(kind, straight_through, log_ratio_clamp, kl_clamp, old);
 
   const Tensor logprobs = empty(per_token, kFloat), ref_logprobs = empty(per_token, kFloat);
   Tensor entropy = nothing(), saved = nothing();
@@ -147,8 +148,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
         " Tensor? cu_seqlens, Tensor? scores, Tensor? reference_reward, float reference_number, Tensor? scale,"
         " float scale_number, Tensor? floor, float floor_number, Tensor? weights, bool ignore_missing, int[]? program,"
         " Tensor policy, Tensor ref, Tensor? actions, Tensor? mask, Tensor? old_logprobs, Tensor? temperatures,"
-        " float temperature, int kind, bool straight_through, float ratio_low, float ratio_high, float kl_low, float kl_high, Tensor? index,"
-        " Tensor? dense, float beta, int placement, float clip_low, float clip_high)"
+        " float temperature, int kind, bool straight_through, float[]? log_ratio_clamp, float[]? kl_clamp,"
+        " Tensor? index, Tensor? dense, float beta, int placement, float clip_low, float clip_high)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -5,17 +5,18 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/token_tensors.h"
+#include "tensors/kl.h"
 
 namespace lsc {
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_kl_forward(
     Tensor policy_logits, Tensor ref_logits, Tensor actions, std::optional<Tensor> mask,
     std::optional<Tensor> old_logprobs, std::optional<Tensor> temperatures, double temperature, int64_t kind,
-    bool straight_through, double ratio_low, double ratio_high, double kl_low, double kl_high) {
+    bool straight_through, Clamp log_ratio_clamp, Clamp kl_clamp) {
   const TokenTensors tensors(policy_logits, ref_logits, actions, mask, temperatures, temperature);
   check_actions(tensors);
   const auto old = dense(old_logprobs);
-  const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
+  const KLArguments options = kl_arguments(kind, straight_through, log_ratio_clamp, kl_clamp, old);
   constexpr auto fp32 = torch::headeronly::ScalarType::Float;
   const Tensor kl = empty(tensors.sizes(), fp32), logprobs = empty(tensors.sizes(), fp32);
   const Tensor ref_logprobs = empty(tensors.sizes(), fp32), entropy = empty(tensors.sizes(), fp32);
@@ -28,12 +29,12 @@ static std::tuple<Tensor, Tensor> token_kl_backward(
     std::optional<Tensor> grad_kl, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_ref_logprobs,
     std::optional<Tensor> grad_entropy, Tensor policy_logits, Tensor ref_logits, Tensor actions,
     std::optional<Tensor> mask, std::optional<Tensor> old_logprobs, std::optional<Tensor> temperatures,
-    double temperature, int64_t kind, bool straight_through, double ratio_low, double ratio_high, double kl_low,
-    double kl_high, Tensor saved, bool want_policy, bool want_ref) {
+    double temperature, int64_t kind, bool straight_through, Clamp log_ratio_clamp, Clamp kl_clamp, Tensor saved,
+    bool want_policy, bool want_ref) {
   const TokenTensors tensors(policy_logits, ref_logits, actions, mask, temperatures, temperature);
   const auto old = dense(old_logprobs), to_kl = dense(grad_kl), to_logprobs = dense(grad_logprobs);
   const auto to_ref_logprobs = dense(grad_ref_logprobs), to_entropy = dense(grad_entropy);
-  const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
+  const KLArguments options = kl_arguments(kind, straight_through, log_ratio_clamp, kl_clamp, old);
   const Tensor policy = want_policy ? empty_gradient(policy_logits) : nothing(policy_logits.scalar_type());
   const Tensor ref = want_ref ? empty_gradient(ref_logits) : nothing(ref_logits.scalar_type());
   backward_rows(tensors, &options, {data_or_null<float>(to_kl), data_or_null<float>(to_logprobs),
@@ -44,12 +45,12 @@ static std::tuple<Tensor, Tensor> token_kl_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
   m.def("token_kl_forward(Tensor policy_logits, Tensor ref_logits, Tensor actions, Tensor? mask, Tensor? old_logprobs,"
-        " Tensor? temperatures, float temperature, int kind, bool straight_through, float ratio_low, float ratio_high,"
-        " float kl_low, float kl_high) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        " Tensor? temperatures, float temperature, int kind, bool straight_through, float[]? log_ratio_clamp,"
+        " float[]? kl_clamp) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("token_kl_backward(Tensor? grad_kl, Tensor? grad_logprobs, Tensor? grad_ref_logprobs, Tensor? grad_entropy,"
         " Tensor policy_logits, Tensor ref_logits, Tensor actions, Tensor? mask, Tensor? old_logprobs,"
-        " Tensor? temperatures, float temperature, int kind, bool straight_through, float ratio_low, float ratio_high,"
-        " float kl_low, float kl_high, Tensor saved, bool want_policy, bool want_ref) -> (Tensor, Tensor)");
+        " Tensor? temperatures, float temperature, int kind, bool straight_through, float[]? log_ratio_clamp,"
+        " float[]? kl_clamp, Tensor saved, bool want_policy, bool want_ref) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lsc_kernels, CPU, m) {

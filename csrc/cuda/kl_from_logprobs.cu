@@ -1,7 +1,8 @@
 // kl_from_logprobs on CUDA, from float32 log-probabilities: a thread a token, in double. Forward reads 2 floats and writes 1
-// per token; backward reads 3 and writes 2.
+// per token; backward reads 3 and writes each wanted gradient.
 #include "cuda/tensors.h"
 #include "math/kl_arguments.h"
+#include "tensors/kl.h"
 
 namespace lsc {
 namespace cuda {
@@ -23,7 +24,7 @@ struct LogprobForward {
 struct LogprobBackward {
   LogprobTokens in;
   const float* grad;
-  float *to_logprobs, *to_ref;
+  float *to_logprobs, *to_ref;  // null where not wanted
 };
 
 LSC_KERNEL(kTokenThreads, 4) kl_forward(LSC_ARGUMENT LogprobForward a) {
@@ -35,12 +36,14 @@ LSC_KERNEL(kTokenThreads, 4) kl_forward(LSC_ARGUMENT LogprobForward a) {
 LSC_KERNEL(kTokenThreads, 4) kl_backward(LSC_ARGUMENT LogprobBackward a) {
   const int64_t i = block_index() * kTokenThreads + thread_index();
   if (i >= a.in.count) return;
-  a.to_logprobs[i] = a.to_ref[i] = 0;
   const double upstream = a.grad[i];
-  if ((a.in.mask && !a.in.mask[i]) || upstream == 0) return;
-  const KLValue<double> value = value_at(a.in.logprobs[i], a.in.ref_logprobs[i], a.in.kl, i);
-  a.to_logprobs[i] = float(upstream * value.on_logprob);
-  a.to_ref[i] = float(-upstream * value.on_ratio);
+  double to_logprob = 0, to_ref = 0;
+  if (!(a.in.mask && !a.in.mask[i]) && upstream != 0) {
+    const KLValue<double> value = value_at(a.in.logprobs[i], a.in.ref_logprobs[i], a.in.kl, i);
+    to_logprob = upstream * value.on_logprob, to_ref = -upstream * value.on_ratio;
+  }
+  if (a.to_logprobs) a.to_logprobs[i] = float(to_logprob);
+  if (a.to_ref) a.to_ref[i] = float(to_ref);
 }
 
 namespace {
@@ -52,10 +55,11 @@ struct LogprobTensors {
   LogprobTokens kernel;
 
   LogprobTensors(const Tensor& logprobs, const Tensor& ref_logprobs, const std::optional<Tensor>& masks,
-                 const std::optional<Tensor>& old_logprobs, const KLArguments& kl)
+                 const std::optional<Tensor>& old_logprobs, int64_t kind, bool straight_through, const Clamp& log_ratio_clamp,
+                 const Clamp& kl_clamp)
       : policy(dense(logprobs)), ref(dense(ref_logprobs)), mask(dense(masks)), old(dense(old_logprobs)) {
-    kernel = {policy.numel(), floats(policy), floats(ref), data_or_null<bool>(mask), kl};
-    kernel.kl.old_logprobs = data_or_null<float>(old);
+    kernel = {policy.numel(), floats(policy), floats(ref), data_or_null<bool>(mask),
+              kl_arguments(kind, straight_through, log_ratio_clamp, kl_clamp, old)};
   }
 
   int64_t blocks() const { return (kernel.count + kTokenThreads - 1) / kTokenThreads; }
@@ -65,8 +69,8 @@ struct LogprobTensors {
 
 static Tensor forward(
     Tensor logprobs, Tensor ref_logprobs, std::optional<Tensor> mask, std::optional<Tensor> old_logprobs, int64_t kind,
-    bool straight_through, double ratio_low, double ratio_high, double kl_low, double kl_high) {
-  const LogprobTensors in(logprobs, ref_logprobs, mask, old_logprobs, {kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, nullptr});
+    bool straight_through, Clamp log_ratio_clamp, Clamp kl_clamp) {
+  const LogprobTensors in(logprobs, ref_logprobs, mask, old_logprobs, kind, straight_through, log_ratio_clamp, kl_clamp);
   const Tensor kl = floats_on(logprobs, logprobs.sizes());
   launch(&kl_forward, in.blocks(), kTokenThreads, logprobs, LogprobForward{in.kernel, floats(kl)});
   return kl;
@@ -74,11 +78,13 @@ static Tensor forward(
 
 static std::tuple<Tensor, Tensor> backward(
     Tensor grad, Tensor logprobs, Tensor ref_logprobs, std::optional<Tensor> mask, std::optional<Tensor> old_logprobs,
-    int64_t kind, bool straight_through, double ratio_low, double ratio_high, double kl_low, double kl_high) {
-  const LogprobTensors in(logprobs, ref_logprobs, mask, old_logprobs, {kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, nullptr});
-  const Tensor upstream = dense(grad), to_logprobs = floats_on(logprobs, logprobs.sizes()), to_ref = floats_on(logprobs, logprobs.sizes());
+    int64_t kind, bool straight_through, Clamp log_ratio_clamp, Clamp kl_clamp, bool want_logprobs, bool want_ref) {
+  const LogprobTensors in(logprobs, ref_logprobs, mask, old_logprobs, kind, straight_through, log_ratio_clamp, kl_clamp);
+  const auto gradient = [&](bool wanted) { return wanted ? floats_on(logprobs, logprobs.sizes()) : nothing_on(logprobs); };
+  const Tensor upstream = dense(grad), to_logprobs = gradient(want_logprobs), to_ref = gradient(want_ref);
   launch(&kl_backward, in.blocks(), kTokenThreads, logprobs,
-         LogprobBackward{in.kernel, floats(upstream), floats(to_logprobs), floats(to_ref)});
+         LogprobBackward{in.kernel, floats(upstream), want_logprobs ? floats(to_logprobs) : nullptr,
+                         want_ref ? floats(to_ref) : nullptr});
   return {to_logprobs, to_ref};
 }
 

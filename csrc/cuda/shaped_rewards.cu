@@ -17,6 +17,7 @@
 #include "cuda/token_tensors.h"
 #include "cuda/transform_tensors.h"
 #include "math/kl_arguments.h"
+#include "tensors/kl.h"
 #include "tensors/program.h"
 #include "tensors/rewards.h"
 
@@ -133,9 +134,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
     std::optional<Tensor> scale, double scale_number, std::optional<Tensor> floor, double floor_number,
     std::optional<Tensor> weights, bool ignore_missing, ProgramNumbers program, Tensor policy, Tensor ref,
     std::optional<Tensor> actions, std::optional<Tensor> mask, std::optional<Tensor> old_logprobs,
-    std::optional<Tensor> temperatures, double temperature, int64_t kind, bool straight_through, double ratio_low,
-    double ratio_high, double kl_low, double kl_high, std::optional<Tensor> index, std::optional<Tensor> dense_rewards,
-    double beta, int64_t placement, double clip_low, double clip_high) {
+    std::optional<Tensor> temperatures, double temperature, int64_t kind, bool straight_through, Clamp log_ratio_clamp,
+    Clamp kl_clamp, std::optional<Tensor> index, std::optional<Tensor> dense_rewards, double beta, int64_t placement,
+    double clip_low, double clip_high) {
   const int64_t batch = policy.size(0), length = policy.size(1), sizes[2] = {batch, length};
   const auto per_token = [&] { return floats_on(policy, Sizes(sizes, 2)); };
   const Tensor utility = floats_on(policy, Sizes(sizes, 1)), kl = per_token(), rewards = per_token();
@@ -165,7 +166,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
   sequences.actions_are_int32 = ids && ids->scalar_type() == torch::headeronly::ScalarType::Int;
   sequences.rewards = floats(rewards);
   const auto old = dense_floats(old_logprobs);
-  const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
+  const KLArguments options = kl_arguments(kind, straight_through, log_ratio_clamp, kl_clamp, old);
 
   const Tensor logprobs = per_token(), ref_logprobs = per_token();
   if (!ids) {

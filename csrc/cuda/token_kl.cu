@@ -4,6 +4,7 @@
 // divergence or a gradient to the reference) and writes each wanted gradient once. One launch each. The kernels are in
 // cuda/token_rows.h.
 #include "cuda/token_tensors.h"
+#include "tensors/kl.h"
 
 namespace lsc {
 namespace cuda {
@@ -11,10 +12,10 @@ namespace cuda {
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_kl_forward(
     Tensor policy_logits, Tensor ref_logits, Tensor actions, std::optional<Tensor> mask,
     std::optional<Tensor> old_logprobs, std::optional<Tensor> temperatures, double temperature, int64_t kind,
-    bool straight_through, double ratio_low, double ratio_high, double kl_low, double kl_high) {
+    bool straight_through, Clamp log_ratio_clamp, Clamp kl_clamp) {
   const TokenTensors tensors(policy_logits, ref_logits, actions, mask, temperatures, temperature);
   const auto old = dense(old_logprobs);
-  const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
+  const KLArguments options = kl_arguments(kind, straight_through, log_ratio_clamp, kl_clamp, old);
   const auto output = [&] { return floats_on(policy_logits, tensors.sizes()); };
   const Tensor kl = output(), logprobs = output(), ref_logprobs = output(), entropy = output();
   const Tensor saved = saved_on(policy_logits, tensors.count);
@@ -33,12 +34,12 @@ static std::tuple<Tensor, Tensor> token_kl_backward(
     std::optional<Tensor> grad_kl, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_ref_logprobs,
     std::optional<Tensor> grad_entropy, Tensor policy_logits, Tensor ref_logits, Tensor actions,
     std::optional<Tensor> mask, std::optional<Tensor> old_logprobs, std::optional<Tensor> temperatures,
-    double temperature, int64_t kind, bool straight_through, double ratio_low, double ratio_high, double kl_low,
-    double kl_high, Tensor saved, bool want_policy, bool want_ref) {
+    double temperature, int64_t kind, bool straight_through, Clamp log_ratio_clamp, Clamp kl_clamp, Tensor saved,
+    bool want_policy, bool want_ref) {
   const TokenTensors tensors(policy_logits, ref_logits, actions, mask, temperatures, temperature);
   const auto old = dense(old_logprobs), to_kl = dense(grad_kl), to_logprobs = dense(grad_logprobs);
   const auto to_ref_logprobs = dense(grad_ref_logprobs), to_entropy = dense(grad_entropy);
-  const KLArguments options{kind, straight_through, ratio_low, ratio_high, kl_low, kl_high, data_or_null<float>(old)};
+  const KLArguments options = kl_arguments(kind, straight_through, log_ratio_clamp, kl_clamp, old);
   const auto gradient = [](bool wanted, const Tensor& logits) {
     return wanted ? empty_on(logits, logits.sizes(), logits.scalar_type()) : nothing_on(logits, logits.scalar_type());
   };

@@ -16,21 +16,29 @@ from torch import Tensor
 
 INF = float("inf")
 
+Interval = tuple[float, float]
+
 
 class KLOptions(NamedTuple):
-    """What the caller asked of a KL; also, in this order, the trailing arguments of the native ops."""
+    """What the caller asked of a KL. A clamp that is None has no limits."""
 
     kind: str
     straight_through: bool = False
-    log_ratio_low: float = -INF
-    log_ratio_high: float = INF
-    kl_low: float = -INF
-    kl_high: float = INF
+    log_ratio_clamp: Interval | None = None
+    kl_clamp: Interval | None = None
+
+    @property
+    def log_ratio_limits(self) -> Interval:
+        return self.log_ratio_clamp or (-INF, INF)
+
+    @property
+    def kl_limits(self) -> Interval:
+        return self.kl_clamp or (-INF, INF)
 
 
 def estimate(d: Tensor, options: KLOptions) -> Tensor:
     """The estimator at log ratio ``d``, before ``kl_clamp``."""
-    d = d.clamp(options.log_ratio_low, options.log_ratio_high)
+    d = d.clamp(*options.log_ratio_limits)
     match options.kind:
         case "k1":
             return d
@@ -48,7 +56,8 @@ def estimate(d: Tensor, options: KLOptions) -> Tensor:
 
 def slope(d: Tensor, options: KLOptions) -> Tensor:
     """d estimate / d log ratio; 0 where the log ratio is clamped."""
-    inside = (d >= options.log_ratio_low) & (d <= options.log_ratio_high) | d.isnan()
+    low, high = options.log_ratio_limits
+    inside = (d >= low) & (d <= high) | d.isnan()
     match "k2" if options.straight_through else options.kind:
         case "k1":
             derivative = torch.ones_like(d)
@@ -76,8 +85,9 @@ def clamp_and_weigh(
     Returns the KL, the factor on ``value``'s own gradient, and the factor on log pi(a): the same where ``value`` is an
     estimator at ``d``, and what reaches it through the ratio. All factors are 0 where something is clamped.
     """
-    inside = (value >= options.kl_low) & (value <= options.kl_high) | value.isnan()
-    kl = value.clamp(options.kl_low, options.kl_high)
+    low, high = options.kl_limits
+    inside = (value >= low) & (value <= high) | value.isnan()
+    kl = value.clamp(low, high)
     if log_weight is None:
         own = torch.where(inside, derivative, 0.0)
         return kl, own, own if sampled else torch.zeros_like(own)
@@ -89,7 +99,8 @@ def clamp_and_weigh(
         on_logprob = weight * d  # slope and value, which for a negative d are huge and cancel
     else:
         on_logprob = own + kl
-    clamped_ratio = (d < options.log_ratio_low) | (d > options.log_ratio_high)
+    low, high = options.log_ratio_limits
+    clamped_ratio = (d < low) | (d > high)
     return kl, own, torch.where(inside & ~clamped_ratio, on_logprob, 0.0)
 
 
@@ -124,10 +135,16 @@ def backward(
     mask: Tensor | None,
     old_logprobs: Tensor | None,
     options: KLOptions,
-) -> tuple[Tensor, Tensor]:
+    want_logprobs: bool,
+    want_ref: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     _, own, on_logprob = _evaluate(logprobs, ref_logprobs, old_logprobs, options)
-    grad = grad.double()
-    to_logprobs, to_ref = grad * on_logprob, -grad * own
-    if mask is not None:
-        to_logprobs, to_ref = torch.where(mask, to_logprobs, 0.0), torch.where(mask, to_ref, 0.0)
-    return to_logprobs.to(logprobs.dtype), to_ref.to(ref_logprobs.dtype)
+
+    def gradient(factor: Tensor, source: Tensor) -> Tensor:
+        product = grad.double() * factor
+        return (product if mask is None else torch.where(mask, product, 0.0)).to(source.dtype)
+
+    return (
+        gradient(on_logprob, logprobs) if want_logprobs else None,
+        gradient(-own, ref_logprobs) if want_ref else None,
+    )

@@ -1,4 +1,9 @@
-"""What the ops' autograd functions share."""
+"""What the ops' autograd functions share.
+
+Their first argument, ``call``, is a tuple of all that no gradient reaches: the kernels, options, masks and ids. The
+tensors that may have one follow. PyTorch asks of each argument several times whether it is a tensor, and takes longest
+over those that are not.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -35,19 +37,26 @@ def shape(name: str, value: Tensor, wanted: Sequence[int], meaning: str) -> None
         raise ValueError(f"{name} must have the shape of {meaning}, {list(wanted)}; got {list(value.shape)}")
 
 
-def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    if value.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; got {value.device}")
+def on(name: str, value: Tensor, device: torch.device) -> None:
+    """A tensor on a device."""
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}; got {value.device}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, device: torch.device) -> None:
+    """A tensor on the device of another."""
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {device}; got {value.device}")
 
 
 def like(
-    name: str, value: Tensor, wanted: Sequence[int], meaning: str, other_name: str, other: Tensor
+    name: str, value: Tensor, wanted: Sequence[int], meaning: str, other_name: str, device: torch.device
 ) -> None:
     """A tensor of the wanted shape, on the device of another."""
     if value.shape != wanted:
         shape(name, value, wanted, meaning)
-    if value.device != other.device:
-        same_device(name, value, other_name, other)
+    if value.device != device:
+        same_device(name, value, other_name, device)
 
 
 def rows_of(name: str, logits: Tensor) -> torch.Size:
@@ -58,30 +67,24 @@ def rows_of(name: str, logits: Tensor) -> torch.Size:
     return sizes[:-1]
 
 
-def mask(
-    name: str, value: object, wanted: Sequence[int], meaning: str, device: torch.device
-) -> Tensor | None:
-    """A mask of any kind, as it is. None stays None."""
-    if value is None:
-        return None
+def mask(name: str, value: object, wanted: Sequence[int], meaning: str, device: torch.device) -> Tensor:
+    """A mask of any kind, as it is."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a tensor (bool, int or float; nonzero counts); got {type(value).__name__}"
         )
     if value.is_complex():
         raise TypeError(f"{name} must be bool, int or float (nonzero counts); got {value.dtype}")
-    shape(name, value, wanted, meaning)
-    if value.device != device:
-        raise ValueError(f"{name} must be on {device}; got {value.device}")
+    if value.shape != wanted:
+        shape(name, value, wanted, meaning)
+    on(name, value, device)
     return value
 
 
-def counted(
-    name: str, value: object, wanted: Sequence[int], meaning: str, device: torch.device
-) -> Tensor | None:
-    """A mask as bool: nonzero counts. None stays None."""
+def counted(name: str, value: object, wanted: Sequence[int], meaning: str, device: torch.device) -> Tensor:
+    """A mask as bool: nonzero counts."""
     checked = mask(name, value, wanted, meaning, device)
-    return checked if checked is None or checked.dtype is torch.bool else checked != 0
+    return checked if checked.dtype is torch.bool else checked != 0
 
 
 def no_grad(name: str, value: Tensor) -> None:
@@ -89,9 +92,14 @@ def no_grad(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has no gradient here, but requires grad; pass {name}.detach()")
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number, of Python or another library (NumPy's scalars); neither a bool nor a tensor is."""
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+
+
 def number(name: str, value: object) -> float:
     """A finite float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name} must be a float; got {type(value).__name__}")
     # torch.compile traces a comparison of a symbolic float, not isfinite
     if not -math.inf < value < math.inf:
@@ -114,7 +122,7 @@ def interval(name: str, value: object) -> tuple[float, float]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} must be (low, high) or None; got {value!r}")
     for limit in value:
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float))):
+        if limit is not None and not is_number(limit):
             raise TypeError(f"{name} must be (low, high), two numbers; got {value!r}")
     low = -math.inf if value[0] is None else float(value[0])
     high = math.inf if value[1] is None else float(value[1])
@@ -131,14 +139,13 @@ def temperature(value: object, actions: Tensor, mask: Tensor | None, device: tor
         floating("temperature", value)
         if value.dim() != 0:
             shape("temperature", value, actions.shape, "actions")
-        if value.device != device:
-            raise ValueError(f"temperature must be on {device}; got {value.device}")
+        on("temperature", value, device)
         no_grad("temperature", value)
         per_row = value.expand(actions.shape)
         if device.type == "cpu" and not torch.compiler.is_compiling():
             _check_temperatures(per_row, actions, mask)
         return per_row
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"temperature must be a float or a tensor; got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"temperature must be finite and > 0; got {value}")
@@ -154,14 +161,11 @@ def _check_temperatures(per_row: Tensor, actions: Tensor, mask: Tensor | None) -
         raise ValueError(f"temperature must be finite and > 0; got {per_row[wrong].flatten()[0].item()}")
 
 
-def old_logprobs(value: object, wanted: Sequence[int], meaning: str, device: torch.device) -> Tensor | None:
+def old_logprobs(value: object, wanted: Sequence[int], meaning: str, device: torch.device) -> Tensor:
     """The log-probabilities an importance ratio is taken against; a constant."""
-    if value is None:
-        return None
     tensor = floating("old_logprobs", value)
     shape("old_logprobs", tensor, wanted, meaning)
-    if tensor.device != device:
-        raise ValueError(f"old_logprobs must be on {device}; got {tensor.device}")
+    on("old_logprobs", tensor, device)
     return tensor.detach()
 
 

@@ -177,7 +177,7 @@ def aggregate_rewards(
     floor = operand("floor", floor, device)
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.same_device("weights", weights, "scores", scores)
+        _checks.same_device("weights", weights, "scores", device)
     program, read, weights = logic_of(formula, names, scores, weights)
     operands = {"reference_reward": reference_reward, "scale": scale, "floor": floor, "weights": weights}
     scores, (reference_reward, scale, floor, weights) = spread("scores", scores, operands)
@@ -190,11 +190,12 @@ def aggregate_rewards(
         check_present(scores, read)
 
     kernels = select("aggregate_rewards", scores, reference_reward, scale, floor, weights)
-    arguments = (scores, reference_reward, scale, floor, weights, missing == "ignore", program)
-    if wants_grad(*arguments):
-        result: Tensor = _apply(kernels, *arguments)
+    ignore_missing = missing == "ignore"
+    if wants_grad(scores, reference_reward, scale, weights):
+        call = (kernels, floor, ignore_missing, program)
+        result: Tensor = _apply(call, scores, reference_reward, scale, weights)
     else:
-        result = kernels.forward(*arguments)
+        result = kernels.forward(scores, reference_reward, scale, floor, weights, ignore_missing, program)
     return result
 
 
@@ -202,16 +203,14 @@ class _AggregateRewards(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: ModuleType,
+        call: tuple[ModuleType, float | Tensor, bool, tuple[int, ...] | None],
         scores: Tensor,
         reference_reward: float | Tensor,
         scale: float | Tensor,
-        floor: float | Tensor,
         weights: Tensor | None,
-        ignore_missing: bool,
-        program: tuple[int, ...] | None,
     ) -> Tensor:
-        ctx.kernels, ctx.options = kernels, (ignore_missing, program)
+        kernels, floor, ignore_missing, program = call
+        ctx.call = kernels, ignore_missing, program
         save_operands(ctx, scores, reference_reward, scale, floor, weights)
         result: Tensor = kernels.forward(
             scores, reference_reward, scale, floor, weights, ignore_missing, program
@@ -221,16 +220,11 @@ class _AggregateRewards(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         operands = saved_operands(ctx)
-        want_reference, want_scale, _, want_weights = ctx.needs_input_grad[2:6]
+        kernels, *options = ctx.call
         with torch.no_grad():
-            gradients = ctx.kernels.backward(
-                grad, *operands, *ctx.options, want_reference, want_scale, want_weights
-            )
+            gradients = kernels.backward(grad, *operands, *options, *ctx.needs_input_grad[2:])
         sources = (grad, *tensors(*operands))
-        to_scores, to_reference, to_scale, to_weights = (
-            first_derivative("aggregate_rewards", each, *sources) for each in gradients
-        )
-        return None, to_scores, to_reference, to_scale, None, to_weights, None, None
+        return None, *(first_derivative("aggregate_rewards", each, *sources) for each in gradients)
 
 
 _apply = quick_apply(_AggregateRewards)

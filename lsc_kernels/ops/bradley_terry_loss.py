@@ -62,7 +62,7 @@ def bradley_terry_loss(
     """
     _checks.floating("chosen", chosen)
     _checks.floating("rejected", rejected)
-    _checks.like("rejected", rejected, chosen.shape, "chosen", "chosen", chosen)
+    _checks.like("rejected", rejected, chosen.shape, "chosen", "chosen", chosen.device)
     margin = _margin(margin, chosen)
     center = _checks.number("center", center)
     if center < 0:
@@ -72,7 +72,7 @@ def bradley_terry_loss(
 
     kernels = select("bradley_terry_loss", chosen, rejected, margin)
     if wants_grad(chosen, rejected, margin):
-        result: Tensor = _apply(kernels, chosen, rejected, margin, center, reduction)
+        result: Tensor = _apply((kernels, center, reduction), chosen, rejected, margin)
     else:
         result = kernels.forward(chosen, rejected, margin, center, reduction)
     return result
@@ -85,7 +85,7 @@ def _margin(value: object, chosen: Tensor) -> float | Tensor:
     if not isinstance(value, Tensor):
         return _checks.number("margin", value)
     _checks.floating("margin", value)
-    _checks.same_device("margin", value, "chosen", chosen)
+    _checks.same_device("margin", value, "chosen", chosen.device)
     try:
         return value.expand(chosen.shape)
     except RuntimeError:
@@ -98,14 +98,12 @@ class _BradleyTerryLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: ModuleType,
+        call: tuple[ModuleType, float, str],
         chosen: Tensor,
         rejected: Tensor,
         margin: float | Tensor,
-        center: float,
-        reduction: str,
     ) -> Tensor:
-        ctx.kernels, ctx.options = kernels, (center, reduction)
+        ctx.call = kernels, center, reduction = call
         save_operands(ctx, chosen, rejected, margin)
         result: Tensor = kernels.forward(chosen, rejected, margin, center, reduction)
         return result
@@ -113,11 +111,11 @@ class _BradleyTerryLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         operands = saved_operands(ctx)
+        kernels, *options = ctx.call
         with torch.no_grad():
-            gradients = ctx.kernels.backward(grad, *operands, *ctx.options, ctx.needs_input_grad[3])
+            gradients = kernels.backward(grad, *operands, *options, ctx.needs_input_grad[3])
         sources = (grad, *tensors(*operands))
-        marked = (first_derivative("bradley_terry_loss", each, *sources) for each in gradients)
-        return None, *marked, None, None
+        return None, *(first_derivative("bradley_terry_loss", each, *sources) for each in gradients)
 
 
 _apply = quick_apply(_BradleyTerryLoss)

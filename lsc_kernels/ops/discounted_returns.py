@@ -68,7 +68,7 @@ def discounted_returns(
 
     kernels = select("discounted_returns", rewards)
     if wants_grad(rewards):
-        returns: Tensor = _apply(kernels, rewards, mask, cu_seqlens, options)
+        returns: Tensor = _apply((kernels, mask, cu_seqlens, options), rewards)
     else:
         returns = kernels.forward(rewards, mask, cu_seqlens, options)
     return returns
@@ -77,23 +77,20 @@ def discounted_returns(
 class _DiscountedReturns(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: ModuleType,
-        rewards: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        options: GaeOptions,
+        ctx: Any, call: tuple[ModuleType, Tensor | None, Tensor | None, GaeOptions], rewards: Tensor
     ) -> Tensor:
+        kernels, mask, cu_seqlens, options = call
         ctx.save_for_backward(mask, cu_seqlens)
-        ctx.kernels, ctx.options, ctx.dtype = kernels, options, rewards.dtype
+        ctx.call = kernels, options, rewards.dtype
         returns: Tensor = kernels.forward(rewards, mask, cu_seqlens, options)
         return returns
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        kernels, options, dtype = ctx.call
         with torch.no_grad():
-            to_rewards = ctx.kernels.backward(grad, *ctx.saved_tensors, ctx.options).to(ctx.dtype)
-        return None, first_derivative("discounted_returns", to_rewards, grad), None, None, None
+            to_rewards = kernels.backward(grad, *ctx.saved_tensors, options).to(dtype)
+        return None, first_derivative("discounted_returns", to_rewards, grad)
 
 
 _apply = quick_apply(_DiscountedReturns)

@@ -28,11 +28,12 @@ def check_sequences(rewards: object, mask: object, cu_seqlens: object) -> int:
             raise ValueError(f"cu_seqlens must be [B+1]; got {list(bounds.shape)}")
         if given.dim() != 1:
             raise ValueError(f"rewards must be packed, [N], with cu_seqlens; got {list(given.shape)}")
-        _checks.same_device("cu_seqlens", bounds, "rewards", given)
+        _checks.same_device("cu_seqlens", bounds, "rewards", given.device)
         sequences = bounds.shape[0] - 1
         if sequences == 0 and given.shape[0] > 0:
             raise ValueError(f"cu_seqlens must rise from 0 to N = {given.shape[0]}; it has one element")
-    _checks.mask("mask", mask, given.shape, "rewards", given.device)
+    if mask is not None:
+        _checks.mask("mask", mask, given.shape, "rewards", given.device)
     return sequences
 
 
@@ -108,18 +109,19 @@ def gae(
     """
     sequences = check_sequences(rewards, mask, cu_seqlens)
     _checks.floating("values", values)
-    _checks.like("values", values, rewards.shape, "rewards", "rewards", rewards)
+    _checks.like("values", values, rewards.shape, "rewards", "rewards", rewards.device)
     if bootstrap is not None:
         _checks.floating("bootstrap", bootstrap)
-        _checks.like("bootstrap", bootstrap, (sequences,), "one value per sequence", "rewards", rewards)
+        _checks.like(
+            "bootstrap", bootstrap, (sequences,), "one value per sequence", "rewards", rewards.device
+        )
     options = GaeOptions(_checks.fraction("gamma", gamma), _checks.fraction("lam", lam), check_holes(holes))
 
     kernels = select("gae", rewards, values, bootstrap)
-    arguments = (rewards, values, mask, bootstrap, cu_seqlens, options)
     if wants_grad(rewards, values, bootstrap):
-        advantages, returns = _apply(kernels, *arguments)
+        advantages, returns = _apply((kernels, mask, cu_seqlens, options), rewards, values, bootstrap)
     else:
-        advantages, returns = kernels.forward(*arguments)
+        advantages, returns = kernels.forward(rewards, values, mask, bootstrap, cu_seqlens, options)
     return advantages, returns
 
 
@@ -127,33 +129,31 @@ class _Gae(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: ModuleType,
+        call: tuple[ModuleType, Tensor | None, Tensor | None, GaeOptions],
         rewards: Tensor,
         values: Tensor,
-        mask: Tensor | None,
         bootstrap: Tensor | None,
-        cu_seqlens: Tensor | None,
-        options: GaeOptions,
     ) -> tuple[Tensor, Tensor]:
+        kernels, mask, cu_seqlens, options = call
         # linear in all that has a gradient: of those only dtypes and shapes are needed
         ctx.save_for_backward(mask, cu_seqlens, bootstrap)
         ctx.set_materialize_grads(False)
-        ctx.kernels, ctx.options = kernels, options
-        ctx.dtypes = rewards.dtype, values.dtype, None if bootstrap is None else bootstrap.dtype
+        dtypes = rewards.dtype, values.dtype, None if bootstrap is None else bootstrap.dtype
+        ctx.call = kernels, options, dtypes
         advantages, returns = kernels.forward(rewards, values, mask, bootstrap, cu_seqlens, options)
         return advantages, returns
 
     @staticmethod
     def backward(ctx: Any, to_advantages: Tensor | None, to_returns: Tensor | None) -> tuple[Any, ...]:
         if to_advantages is None and to_returns is None:
-            return (None,) * 7
+            return None, None, None, None
+        kernels, options, dtypes = ctx.call
         with torch.no_grad():
-            gradients = ctx.kernels.backward(to_advantages, to_returns, *ctx.saved_tensors, ctx.options)
-        to_rewards, to_values, to_bootstrap = (
+            gradients = kernels.backward(to_advantages, to_returns, *ctx.saved_tensors, options)
+        return None, *(
             None if each is None else first_derivative("gae", each.to(dtype), to_advantages, to_returns)
-            for each, dtype in zip(gradients, ctx.dtypes, strict=True)
+            for each, dtype in zip(gradients, dtypes, strict=True)
         )
-        return None, to_rewards, to_values, None, to_bootstrap, None, None
 
 
 _apply = quick_apply(_Gae)

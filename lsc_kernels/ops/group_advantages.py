@@ -100,13 +100,13 @@ def group_advantages(
     if weights is not None and not several:
         raise ValueError(f"weights are those of the properties in method='gdpo'; got them with {method!r}")
     options = GroupOptions(method in ("grpo", "gdpo"), leave_one_out or method == "rloo", several, eps)
-    arguments = (utility, _ids(group, utility), _weights(weights, utility), options)
+    fixed = (_ids(group, utility), _weights(weights, utility), options)
 
     kernels = select("group_advantages", utility)
     if wants_grad(utility):
-        advantages: Tensor = _apply(kernels, *arguments)
+        advantages: Tensor = _apply((kernels, *fixed), utility)
     else:
-        advantages = kernels.forward(*arguments)
+        advantages = kernels.forward(utility, *fixed)
     return advantages
 
 
@@ -120,7 +120,7 @@ def _ids(group: object, utility: Tensor) -> Tensor:
     if not isinstance(group, Tensor):
         raise TypeError(f"group must be a tensor of ids or a group size; got {type(group).__name__}")
     ids = _checks.integer("group", group)
-    _checks.like("group", ids, utility.shape[:1], "one id per row of utility", "utility", utility)
+    _checks.like("group", ids, utility.shape[:1], "one id per row of utility", "utility", utility.device)
     return ids
 
 
@@ -130,7 +130,7 @@ def _weights(weights: object, utility: Tensor) -> Tensor | None:
     if isinstance(weights, (list, tuple)):
         weights = torch.tensor(weights, dtype=torch.float64, device=utility.device)
     tensor = _checks.floating("weights", weights)
-    _checks.like("weights", tensor, utility.shape[1:], "one weight per property", "utility", utility)
+    _checks.like("weights", tensor, utility.shape[1:], "one weight per property", "utility", utility.device)
     _checks.no_grad("weights", tensor)
     return tensor
 
@@ -138,24 +138,21 @@ def _weights(weights: object, utility: Tensor) -> Tensor | None:
 class _GroupAdvantages(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: ModuleType,
-        utility: Tensor,
-        group: Tensor,
-        weights: Tensor | None,
-        options: GroupOptions,
+        ctx: Any, call: tuple[ModuleType, Tensor, Tensor | None, GroupOptions], utility: Tensor
     ) -> Tensor:
+        kernels, group, weights, options = call
         ctx.save_for_backward(utility, group, weights)
-        ctx.kernels, ctx.options = kernels, options
+        ctx.call = kernels, options
         advantages: Tensor = kernels.forward(utility, group, weights, options)
         return advantages
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         utility, group, weights = ctx.saved_tensors
+        kernels, options = ctx.call
         with torch.no_grad():
-            to_utility = ctx.kernels.backward(grad, utility, group, weights, ctx.options)
-        return None, first_derivative("group_advantages", to_utility, grad, utility), None, None, None
+            to_utility = kernels.backward(grad, utility, group, weights, options)
+        return None, first_derivative("group_advantages", to_utility, grad, utility)
 
 
 _apply = quick_apply(_GroupAdvantages)

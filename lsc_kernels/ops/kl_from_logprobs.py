@@ -15,6 +15,12 @@ from lsc_kernels.ops._autograd import first_derivative, quick_apply
 
 KINDS = ("k1", "abs", "k2", "k3")
 
+_UNCLAMPED = {
+    (kl, grad): KLOptions(kl, grad == "straight_through")
+    for kl in (*KINDS, "full", "full_reverse")
+    for grad in ("autograd", "straight_through")
+}
+
 
 def kl_options(
     kl: str,
@@ -34,9 +40,13 @@ def kl_options(
             f"log_ratio_clamp acts on the log ratio at the action, which kl={kl!r} does not use; use kl_clamp"
         )
     if log_ratio_clamp is None and kl_clamp is None:
-        return KLOptions(kl, grad == "straight_through")
-    ratio = _checks.interval("log_ratio_clamp", log_ratio_clamp)
-    return KLOptions(kl, grad == "straight_through", *ratio, *_checks.interval("kl_clamp", kl_clamp))
+        return _UNCLAMPED[kl, grad]
+    return KLOptions(
+        kl,
+        grad == "straight_through",
+        _checks.interval("log_ratio_clamp", log_ratio_clamp),
+        _checks.interval("kl_clamp", kl_clamp),
+    )
 
 
 def kl_from_logprobs(
@@ -86,17 +96,19 @@ def kl_from_logprobs(
     """
     _checks.floating("logprobs", logprobs)
     _checks.floating("ref_logprobs", ref_logprobs)
-    _checks.like("ref_logprobs", ref_logprobs, logprobs.shape, "logprobs", "logprobs", logprobs)
-    counted = _checks.counted("mask", mask, logprobs.shape, "logprobs", logprobs.device)
-    old_logprobs = _checks.old_logprobs(old_logprobs, logprobs.shape, "logprobs", logprobs.device)
+    tokens, device = logprobs.shape, logprobs.device
+    _checks.like("ref_logprobs", ref_logprobs, tokens, "logprobs", "logprobs", device)
+    counted = None if mask is None else _checks.counted("mask", mask, tokens, "logprobs", device)
+    if old_logprobs is not None:
+        old_logprobs = _checks.old_logprobs(old_logprobs, tokens, "logprobs", device)
     options = kl_options(kl, grad, log_ratio_clamp, kl_clamp, KINDS)
 
     kernels = select("kl_from_logprobs", logprobs, ref_logprobs)
-    arguments = (logprobs, ref_logprobs, counted, old_logprobs, options)
+    fixed = (counted, old_logprobs, options)
     if torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad):
-        result: Tensor = _apply(kernels, *arguments)
+        result: Tensor = _apply((kernels, *fixed), logprobs, ref_logprobs)
     else:
-        result = kernels.forward(*arguments)
+        result = kernels.forward(logprobs, ref_logprobs, *fixed)
     return result
 
 
@@ -104,29 +116,29 @@ class _KLFromLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: ModuleType,
+        call: tuple[ModuleType, Tensor | None, Tensor | None, KLOptions],
         logprobs: Tensor,
         ref_logprobs: Tensor,
-        mask: Tensor | None,
-        old_logprobs: Tensor | None,
-        options: KLOptions,
     ) -> Tensor:
+        kernels, mask, old_logprobs, options = call
         ctx.save_for_backward(logprobs, ref_logprobs, mask, old_logprobs)
-        ctx.kernels, ctx.options = kernels, options
+        ctx.call = kernels, options
         result: Tensor = kernels.forward(logprobs, ref_logprobs, mask, old_logprobs, options)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         logprobs, ref_logprobs, mask, old_logprobs = ctx.saved_tensors
+        kernels, options = ctx.call
         with torch.no_grad():
-            to_logprobs, to_ref = ctx.kernels.backward(
-                grad, logprobs, ref_logprobs, mask, old_logprobs, ctx.options
+            to_logprobs, to_ref = kernels.backward(
+                *(grad, logprobs, ref_logprobs, mask, old_logprobs, options),
+                *ctx.needs_input_grad[1:3],
             )
         sources = (grad, logprobs, ref_logprobs)
         to_logprobs = first_derivative("kl_from_logprobs", to_logprobs, *sources)
         to_ref = first_derivative("kl_from_logprobs", to_ref, *sources)
-        return None, to_logprobs, to_ref, None, None, None
+        return None, to_logprobs, to_ref
 
 
 _apply = quick_apply(_KLFromLogprobs)

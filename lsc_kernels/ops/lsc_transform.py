@@ -34,8 +34,7 @@ def operand(name: str, value: object, device: torch.device) -> float | Tensor:
     """Check one operand of the transform. A tensor's values are checked on the CPU only: no host wait."""
     if isinstance(value, Tensor):
         _checks.floating(name, value)
-        if value.device != device:
-            raise ValueError(f"{name} must be on {device}; got {value.device}")
+        _checks.on(name, value, device)
         if name == "reference_reward":
             return value
         if name == "floor":
@@ -43,7 +42,7 @@ def operand(name: str, value: object, device: torch.device) -> float | Tensor:
         if device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
             return value
         low, high = (extreme.item() for extreme in torch.aminmax(value.detach()))
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+    elif not _checks.is_number(value):
         raise TypeError(f"{name} must be a float or a tensor; got {type(value).__name__}")
     else:
         value = low = high = float(value)
@@ -59,12 +58,16 @@ def spread(name: str, tensor: Tensor, operands: dict[str, Any]) -> tuple[Tensor,
     An operand becomes a float, a scalar, [last dimension], or all of the common shape. What is done here is
     differentiated by PyTorch, so that backends reduce gradients in these forms only.
     """
-    shape = tensor.shape
-    all_fit = True
+    shape, values = tensor.shape, list(operands.values())
+    for value in values:
+        if isinstance(value, Tensor) and not _fits(value, shape):
+            break
+    else:
+        return tensor, values
+
     for operand_name, value in operands.items():
-        if _fits(value, shape):
+        if not isinstance(value, Tensor):
             continue
-        all_fit = False
         try:
             shape = torch.broadcast_shapes(shape, value.shape)
         except RuntimeError:
@@ -72,12 +75,9 @@ def spread(name: str, tensor: Tensor, operands: dict[str, Any]) -> tuple[Tensor,
             raise ValueError(
                 f"{operand_name} must broadcast against {name}, {list(tensor.shape)}; got {got}"
             ) from None
-    values = list(operands.values())
-    if all_fit:
-        return tensor, values
 
     def form(value: Any) -> Any:
-        if _fits(value, shape):
+        if not isinstance(value, Tensor) or _fits(value, shape):
             return value
         return value.reshape(()) if value.numel() == 1 else _expanded(value, shape)
 
@@ -90,12 +90,10 @@ def _expanded(value: Tensor, shape: torch.Size) -> Tensor:
     return (value.float() if narrow else value).expand(shape)
 
 
-def _fits(value: Any, shape: torch.Size) -> bool:
+def _fits(value: Tensor, shape: torch.Size) -> bool:
     """Whether an operand has one of the forms that backends take beside a tensor of this shape."""
-    if not isinstance(value, Tensor):
-        return True
     sizes = value.shape
-    return len(sizes) == 0 or sizes == shape or sizes == shape[-1:]
+    return sizes == shape or len(sizes) == 0 or sizes == shape[-1:]
 
 
 def wants_grad(*operands: object) -> bool:
@@ -160,7 +158,7 @@ def lsc_transform(
 
     kernels = select("lsc_transform", reward, reference_reward, scale, floor)
     if wants_grad(reward, reference_reward, scale):
-        result: Tensor = _apply(kernels, reward, reference_reward, scale, floor)
+        result: Tensor = _apply((kernels, floor), reward, reference_reward, scale)
     else:
         result = kernels.forward(reward, reference_reward, scale, floor)
     return result
@@ -170,12 +168,12 @@ class _LscTransform(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: ModuleType,
+        call: tuple[ModuleType, float | Tensor],
         reward: Tensor,
         reference_reward: float | Tensor,
         scale: float | Tensor,
-        floor: float | Tensor,
     ) -> Tensor:
+        kernels, floor = call
         ctx.kernels = kernels
         save_operands(ctx, reward, reference_reward, scale, floor)
         result: Tensor = kernels.forward(reward, reference_reward, scale, floor)
@@ -188,7 +186,7 @@ class _LscTransform(torch.autograd.Function):
         with torch.no_grad():
             gradients = ctx.kernels.backward(grad, *operands, want_reference, want_scale)
         sources = (grad, *tensors(*operands))
-        return None, *(first_derivative("lsc_transform", each, *sources) for each in gradients), None
+        return None, *(first_derivative("lsc_transform", each, *sources) for each in gradients)
 
 
 _apply = quick_apply(_LscTransform)
@@ -200,8 +198,14 @@ def tensors(*operands: object) -> list[Tensor]:
 
 def save_operands(ctx: Any, *operands: object) -> None:
     """Save operands some of which are tensors, for :func:`saved_operands`."""
-    ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in operands])
-    ctx.numbers = [None if isinstance(value, Tensor) else value for value in operands]
+    saved: list[object] = []
+    numbers: list[object] = []
+    for value in operands:
+        is_tensor = isinstance(value, Tensor)
+        saved.append(value if is_tensor else None)
+        numbers.append(None if is_tensor else value)
+    ctx.save_for_backward(*saved)
+    ctx.numbers = numbers
 
 
 def saved_operands(ctx: Any) -> list[Any]:

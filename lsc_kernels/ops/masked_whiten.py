@@ -61,7 +61,8 @@ def masked_whiten(
         tensor([[-1.,  0.,  1.,  0.]])
     """
     _checks.floating("x", x)
-    _checks.mask("mask", mask, x.shape, "x", x.device)
+    if mask is not None:
+        _checks.mask("mask", mask, x.shape, "x", x.device)
     if not isinstance(shift_mean, bool):
         raise TypeError(f"shift_mean must be a bool; got {type(shift_mean).__name__}")
     eps = _checks.number("eps", eps)
@@ -74,7 +75,7 @@ def masked_whiten(
 
     kernels = select("masked_whiten", x)
     if wants_grad(x):
-        result: Tensor = _apply(kernels, x, mask, options, process_group)
+        result: Tensor = _apply((kernels, mask, options, process_group), x)
     else:
         moments = _of_all(kernels.moments(x, mask), process_group)
         result = kernels.forward(x, mask, moments, options)
@@ -104,28 +105,25 @@ def _of_all(moments: Tensor, group: ProcessGroup | None) -> Tensor:
 class _MaskedWhiten(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: ModuleType,
-        x: Tensor,
-        mask: Tensor | None,
-        options: WhitenOptions,
-        group: ProcessGroup | None,
+        ctx: Any, call: tuple[ModuleType, Tensor | None, WhitenOptions, ProcessGroup | None], x: Tensor
     ) -> Tensor:
+        kernels, mask, options, group = call
         moments = _of_all(kernels.moments(x, mask), group)
         ctx.save_for_backward(x, mask, moments)
-        ctx.kernels, ctx.options, ctx.group = kernels, options, group
+        ctx.call = kernels, options, group
         result: Tensor = kernels.forward(x, mask, moments, options)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, mask, moments = ctx.saved_tensors
+        kernels, options, group = ctx.call
         with torch.no_grad():
-            sums = ctx.kernels.sums(grad, x, mask, moments)
-            if ctx.group is not None:
-                sums = _gathered(sums, ctx.group).sum(0)
-            to_x = ctx.kernels.backward(grad, x, mask, moments, sums, ctx.options)
-        return None, first_derivative("masked_whiten", to_x, grad, x), None, None, None
+            sums = kernels.sums(grad, x, mask, moments)
+            if group is not None:
+                sums = _gathered(sums, group).sum(0)
+            to_x = kernels.backward(grad, x, mask, moments, sums, options)
+        return None, first_derivative("masked_whiten", to_x, grad, x)
 
 
 _apply = quick_apply(_MaskedWhiten)

@@ -146,11 +146,11 @@ def _one_model(
     check_head(hidden, weight, bias, attention_mask, index, cu_seqlens, every, which)
 
     kernels = select("reward_head", hidden, weight, bias)
-    arguments = (hidden, weight, bias, attention_mask, index, cu_seqlens, every)
+    fixed = (attention_mask, index, cu_seqlens, every)
     if wants_grad(hidden, weight, bias):
-        scores: Tensor = _apply(kernels, *arguments)
+        scores: Tensor = _apply((kernels, *fixed), hidden, weight, bias)
     else:
-        scores = kernels.forward(*arguments)
+        scores = kernels.forward(hidden, weight, bias, *fixed)
     return scores
 
 
@@ -174,12 +174,12 @@ def check_head(
         raise ValueError(
             f"weight{which} must be [K, H] with H = {hidden.shape[-1]}; got {list(weight.shape)}"
         )
-    _checks.same_device(f"weight{which}", weight, f"hidden{which}", hidden)
+    _checks.same_device(f"weight{which}", weight, f"hidden{which}", hidden.device)
     if bias is not None:
         _checks.floating(f"bias{which}", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias{which} must be [K], {list(weight.shape[:1])}; got {list(bias.shape)}")
-        _checks.same_device(f"bias{which}", bias, f"hidden{which}", hidden)
+        _checks.same_device(f"bias{which}", bias, f"hidden{which}", hidden.device)
 
 
 def _check_positions(
@@ -205,7 +205,7 @@ def _check_positions(
             raise ValueError(
                 f"attention_mask{which} cannot be combined with cu_seqlens: packed sequences have no padding"
             )
-        _checks.same_device(f"cu_seqlens{which}", segments, f"hidden{which}", hidden)
+        _checks.same_device(f"cu_seqlens{which}", segments, f"hidden{which}", hidden.device)
     elif not every and hidden.dim() != 3:
         raise ValueError(
             f"hidden{which} must be [B, S, H], or [N, H] with cu_seqlens; got {list(hidden.shape)}"
@@ -213,46 +213,46 @@ def _check_positions(
     if index is not None:
         places = _checks.integer(f"index{which}", index)
         _checks.like(
-            f"index{which}", places, hidden.shape[:1], "one position per sequence", f"hidden{which}", hidden
+            f"index{which}",
+            places,
+            hidden.shape[:1],
+            "one position per sequence",
+            f"hidden{which}",
+            hidden.device,
         )
-    _checks.mask(
-        f"attention_mask{which}", attention_mask, hidden.shape[:-1], f"hidden{which} without H", hidden.device
-    )
+    if attention_mask is not None:
+        counts = f"hidden{which} without H"
+        _checks.mask(f"attention_mask{which}", attention_mask, hidden.shape[:-1], counts, hidden.device)
 
 
 class _RewardHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: ModuleType,
+        call: tuple[ModuleType, Tensor | None, Tensor | None, Tensor | None, bool],
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        attention_mask: Tensor | None,
-        index: Tensor | None,
-        cu_seqlens: Tensor | None,
-        every: bool,
     ) -> Tensor:
+        kernels, attention_mask, index, cu_seqlens, every = call
         ctx.save_for_backward(hidden, weight, attention_mask, index, cu_seqlens)
-        ctx.kernels, ctx.every = kernels, every
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.call = kernels, every, None if bias is None else bias.dtype
         scores: Tensor = kernels.forward(hidden, weight, bias, attention_mask, index, cu_seqlens, every)
         return scores
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         hidden, weight, *positions = ctx.saved_tensors
+        kernels, every, bias_dtype = ctx.call
         with torch.no_grad():
-            to_hidden, to_weight, to_bias = ctx.kernels.backward(
-                grad, hidden, weight, *positions, ctx.every, *ctx.needs_input_grad[1:4]
+            to_hidden, to_weight, to_bias = kernels.backward(
+                grad, hidden, weight, *positions, every, *ctx.needs_input_grad[1:]
             )
             if to_bias is not None:
-                to_bias = to_bias.to(ctx.bias_dtype)
+                to_bias = to_bias.to(bias_dtype)
         sources = (grad, hidden, weight)
-        gradients = (
-            first_derivative("reward_head", each, *sources) for each in (to_hidden, to_weight, to_bias)
-        )
-        return None, *gradients, None, None, None, None
+        gradients = (to_hidden, to_weight, to_bias)
+        return None, *(first_derivative("reward_head", each, *sources) for each in gradients)
 
 
 _apply = quick_apply(_RewardHead)

@@ -147,8 +147,11 @@ def shaped_rewards(
     kl_options = kl_from_logprobs.kl_options(kl, grad, log_ratio_clamp, kl_clamp, kinds)
     placing = reward_options(beta, placement, placement_index, utility_clip)
     _check_placement(placement_index, dense, policy_side.policy, per_token)
+    if old_logprobs is not None:
+        device = policy_side.policy.device
+        old_logprobs = _checks.old_logprobs(old_logprobs, per_token, "[B, T]", device)
     policy_side = policy_side._replace(
-        old_logprobs=_checks.old_logprobs(old_logprobs, per_token, "[B, T]", policy_side.policy.device),
+        old_logprobs=old_logprobs,
         place=placement_index,
         dense=dense,
     )
@@ -160,7 +163,7 @@ def shaped_rewards(
     )
 
     every = (*tensors(*reward_side), policy_side.policy, policy_side.ref, *tensors(dense))
-    kernels = select("shaped_rewards", *(tensor for tensor in every if tensor.is_floating_point()))
+    kernels = select("shaped_rewards", *every)
     if wants_grad(*every):
         outputs = _apply(kernels, kl_options, placing, reward_side[11:], *reward_side[:11], *policy_side)
     else:
@@ -197,13 +200,13 @@ def _policy_side(
     if first.dim() != wanted or (from_logits and first.shape[-1] == 0):
         form = "[B, T, V] with V > 0" if from_logits else "[B, T]"
         raise ValueError(f"{names[0]} must be {form}; got {list(first.shape)}")
-    _checks.like(names[1], second, first.shape, names[0], names[0], first)
+    _checks.like(names[1], second, first.shape, names[0], names[0], first.device)
     per_token = first.shape[:2]
-    given = _checks.mask("mask", mask, per_token, "[B, T]", first.device)
+    given = None if mask is None else _checks.mask("mask", mask, per_token, "[B, T]", first.device)
     if not from_logits:
         return PolicySide(first, second, None, given, None, 1.0, None, None), per_token
     ids = _checks.integer("actions", actions)
-    _checks.like("actions", ids, per_token, "[B, T]", "policy", first)
+    _checks.like("actions", ids, per_token, "[B, T]", "policy", first.device)
     tau = _checks.temperature(temperature, ids, given, first.device)
     return PolicySide(first, second, ids, given, None, tau, None, None), per_token
 
@@ -213,10 +216,10 @@ def _check_placement(
 ) -> None:
     if index is not None:
         _checks.integer("placement_index", index)
-        _checks.like("placement_index", index, per_token[:1], "[B]", "policy", policy)
+        _checks.like("placement_index", index, per_token[:1], "[B]", "policy", policy.device)
     if dense is not None:
         _checks.floating("dense", dense)
-        _checks.like("dense", dense, per_token, "[B, T]", "policy", policy)
+        _checks.like("dense", dense, per_token, "[B, T]", "policy", policy.device)
 
 
 def _aggregation(
@@ -241,12 +244,12 @@ def _aggregation(
         source = "hidden"
     if columns.shape[0] != batch:
         raise ValueError(f"{source} must have one entry per sequence, B = {batch}; got {columns.shape[0]}")
-    _checks.same_device(source, columns, "policy", policy)
+    _checks.same_device(source, columns, "policy", policy.device)
     names = check_properties(columns.shape[1], names, missing, policy.device)
     weights = operands["weights"]
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.same_device("weights", weights, "policy", policy)
+        _checks.same_device("weights", weights, "policy", policy.device)
     program, read, weights = logic_of(formula, names, columns, weights)
     if missing == "raise" and side.scores is not None:
         check_present(side.scores, read)
@@ -368,10 +371,10 @@ def _gradients(
         # a sum of two gradients is rounded once
         precise = (given if to_given is None else given.to(kl.dtype) for given, to_given in both)
         gradients[11:13] = kernels.kl_from_logprobs.backward(
-            to_kl, *precise, policy.mask, policy.old_logprobs, ctx.kl_options
+            to_kl, *precise, policy.mask, policy.old_logprobs, ctx.kl_options, *wants[11:13]
         )
     for place, (given, to_given) in enumerate(both, start=11):
-        if to_given is not None:
+        if to_given is not None and wants[place]:
             total = _sum(gradients[place], left_in(to_given, policy.mask))
             gradients[place] = None if total is None else total.to(given.dtype)
     return gradients

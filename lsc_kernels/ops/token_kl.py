@@ -103,37 +103,32 @@ def token_kl(
     _checks.floating("ref_logits", ref_logits)
     _checks.integer("actions", actions)
     rows, device = _checks.rows_of("policy_logits", policy_logits), policy_logits.device
-    _checks.like(
-        "ref_logits", ref_logits, policy_logits.shape, "policy_logits", "policy_logits", policy_logits
-    )
+    _checks.like("ref_logits", ref_logits, policy_logits.shape, "policy_logits", "policy_logits", device)
     meaning = "policy_logits without its last dimension"
-    _checks.like("actions", actions, rows, meaning, "policy_logits", policy_logits)
-    counted = _checks.counted("mask", mask, rows, "actions", device)
+    _checks.like("actions", actions, rows, meaning, "policy_logits", device)
+    counted = None if mask is None else _checks.counted("mask", mask, rows, "actions", device)
     temperature = _checks.temperature(temperature, actions, counted, device)
     options = kl_options(kl, grad, log_ratio_clamp, kl_clamp, KINDS)
-    old_logprobs = _checks.old_logprobs(old_logprobs, rows, "actions", device)
+    if old_logprobs is not None:
+        old_logprobs = _checks.old_logprobs(old_logprobs, rows, "actions", device)
     _checks.no_process_group(process_group)
 
     kernels = select("token_kl", policy_logits, ref_logits)
-    arguments = (policy_logits, ref_logits, actions, counted, old_logprobs, temperature, options)
+    fixed = (actions, counted, old_logprobs, temperature, options)
     if torch.is_grad_enabled() and (policy_logits.requires_grad or ref_logits.requires_grad):
-        return TokenKL(*_apply(kernels, *arguments))
-    return TokenKL(*kernels.forward(*arguments)[:4])
+        return TokenKL(*_apply((kernels, *fixed), policy_logits, ref_logits))
+    return TokenKL(*kernels.forward(policy_logits, ref_logits, *fixed)[:4])
 
 
 class _TokenKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: ModuleType,
+        call: tuple[ModuleType, Tensor, Tensor | None, Tensor | None, float | Tensor, KLOptions],
         policy_logits: Tensor,
         ref_logits: Tensor,
-        actions: Tensor,
-        mask: Tensor | None,
-        old_logprobs: Tensor | None,
-        temperature: float | Tensor,
-        options: KLOptions,
     ) -> tuple[Tensor, ...]:
+        kernels, actions, mask, old_logprobs, temperature, options = call
         outputs: tuple[Tensor, ...] = kernels.forward(
             policy_logits, ref_logits, actions, mask, old_logprobs, temperature, options
         )
@@ -157,7 +152,7 @@ class _TokenKL(torch.autograd.Function):
         sources = (*grads, policy_logits, ref_logits)
         grad_policy = first_derivative("token_kl", grad_policy, *sources)
         grad_ref = first_derivative("token_kl", grad_ref, *sources)
-        return None, grad_policy, grad_ref, None, None, None, None, None
+        return None, grad_policy, grad_ref
 
 
 _apply = quick_apply(_TokenKL)

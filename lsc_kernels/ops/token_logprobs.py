@@ -61,28 +61,24 @@ def token_logprobs(
     """
     _checks.floating("logits", logits)
     _checks.integer("actions", actions)
-    rows = _checks.rows_of("logits", logits)
-    _checks.like("actions", actions, rows, "logits without its last dimension", "logits", logits)
-    counted = _checks.counted("mask", mask, rows, "actions", logits.device)
-    temperature = _checks.temperature(temperature, actions, counted, logits.device)
+    rows, device = _checks.rows_of("logits", logits), logits.device
+    _checks.like("actions", actions, rows, "logits without its last dimension", "logits", device)
+    counted = None if mask is None else _checks.counted("mask", mask, rows, "actions", device)
+    temperature = _checks.temperature(temperature, actions, counted, device)
     _checks.no_process_group(process_group)
 
     kernels = select("token_logprobs", logits)
     if logits.requires_grad and torch.is_grad_enabled():
-        return TokenLogprobs(*_apply(kernels, logits, actions, counted, temperature))
+        return TokenLogprobs(*_apply((kernels, actions, counted, temperature), logits))
     return TokenLogprobs(*kernels.forward(logits, actions, counted, temperature)[:2])
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: ModuleType,
-        logits: Tensor,
-        actions: Tensor,
-        mask: Tensor | None,
-        temperature: float | Tensor,
+        ctx: Any, call: tuple[ModuleType, Tensor, Tensor | None, float | Tensor], logits: Tensor
     ) -> tuple[Tensor, Tensor]:
+        kernels, actions, mask, temperature = call
         logprobs, entropy, state = kernels.forward(logits, actions, mask, temperature)
         ctx.set_materialize_grads(False)
         per_row = temperature if isinstance(temperature, Tensor) else None
@@ -100,7 +96,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 *(temperature if per_row is None else per_row, state),
             )
         grad = first_derivative("token_logprobs", grad, grad_logprobs, grad_entropy, logits)
-        return None, grad, None, None, None
+        return None, grad
 
 
 _apply = quick_apply(_TokenLogprobs)

@@ -94,22 +94,23 @@ def token_rewards(
     _checks.floating("kl", kl)
     if kl.dim() != 2:
         raise ValueError(f"kl must be [B, T]; got {list(kl.shape)}")
-    _checks.like("utility", utility, kl.shape[:1], "one utility per row of kl", "kl", kl)
-    _checks.mask("mask", mask, kl.shape, "kl", kl.device)
+    sequences, device = kl.shape[:1], kl.device
+    _checks.like("utility", utility, sequences, "one utility per row of kl", "kl", device)
+    if mask is not None:
+        _checks.mask("mask", mask, kl.shape, "kl", device)
     if index is not None:
         _checks.integer("index", index)
-        _checks.like("index", index, kl.shape[:1], "one position per row of kl", "kl", kl)
+        _checks.like("index", index, sequences, "one position per row of kl", "kl", device)
     if dense is not None:
         _checks.floating("dense", dense)
-        _checks.like("dense", dense, kl.shape, "kl", "kl", kl)
+        _checks.like("dense", dense, kl.shape, "kl", "kl", device)
     options = reward_options(beta, placement, index, utility_clip)
 
     kernels = select("token_rewards", utility, kl, dense)
-    arguments = (utility, kl, mask, index, dense, options)
     if wants_grad(utility, kl, dense):
-        rewards: Tensor = _apply(kernels, *arguments)
+        rewards: Tensor = _apply((kernels, mask, index, options), utility, kl, dense)
     else:
-        rewards = kernels.forward(*arguments)
+        rewards = kernels.forward(utility, kl, mask, index, dense, options)
     return rewards
 
 
@@ -117,28 +118,23 @@ class _TokenRewards(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: ModuleType,
+        call: tuple[ModuleType, Tensor | None, Tensor | None, RewardOptions],
         utility: Tensor,
         kl: Tensor,
-        mask: Tensor | None,
-        index: Tensor | None,
         dense: Tensor | None,
-        options: RewardOptions,
     ) -> Tensor:
+        kernels, mask, index, options = call
         ctx.save_for_backward(utility, kl, mask, index, dense)
-        ctx.kernels, ctx.options = kernels, options
+        ctx.call = kernels, options
         rewards: Tensor = kernels.forward(utility, kl, mask, index, dense, options)
         return rewards
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        _, want_utility, want_kl, _, _, want_dense, _ = ctx.needs_input_grad
+        kernels, options = ctx.call
         with torch.no_grad():
-            gradients = ctx.kernels.backward(
-                grad, *ctx.saved_tensors, ctx.options, want_utility, want_kl, want_dense
-            )
-        to_utility, to_kl, to_dense = (first_derivative("token_rewards", each, grad) for each in gradients)
-        return None, to_utility, to_kl, None, None, to_dense, None
+            gradients = kernels.backward(grad, *ctx.saved_tensors, options, *ctx.needs_input_grad[1:])
+        return None, *(first_derivative("token_rewards", each, grad) for each in gradients)
 
 
 _apply = quick_apply(_TokenRewards)

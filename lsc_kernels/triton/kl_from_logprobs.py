@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,8 +63,10 @@ def _kernel(
         asked = counted & (upstream != 0)
         to_x = tl.where(asked, upstream * value.on_logprob, 0.0).to(tl.float32)
         to_y = tl.where(asked, -upstream * value.on_ratio, 0.0).to(tl.float32)
-        tl.store(to_logprobs + index, narrow(to_x, to_logprobs.dtype.element_ty), mask=inside)
-        tl.store(to_ref + index, narrow(to_y, to_ref.dtype.element_ty), mask=inside)
+        if to_logprobs is not None:
+            tl.store(to_logprobs + index, narrow(to_x, to_logprobs.dtype.element_ty), mask=inside)
+        if to_ref is not None:
+            tl.store(to_ref + index, narrow(to_y, to_ref.dtype.element_ty), mask=inside)
 
 
 def _run(
@@ -72,7 +75,7 @@ def _run(
     ref_logprobs: Tensor,
     mask: Tensor | None,
     old_logprobs: Tensor | None,
-    options: tuple[Any, ...],
+    options: Sequence[Any],
     outputs: tuple[Tensor | None, ...],
 ) -> None:
     kind, straight_through, *limits = options
@@ -99,13 +102,19 @@ def _forward(
     return kl
 
 
-def _fake_gradients(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return logprobs.new_empty(logprobs.shape), ref_logprobs.new_empty(ref_logprobs.shape)
+def _fake_gradients(
+    grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    want_logprobs, want_ref = rest[-2:]
+    return (
+        logprobs.new_empty(logprobs.shape if want_logprobs else (0,)),
+        ref_logprobs.new_empty(ref_logprobs.shape if want_ref else (0,)),
+    )
 
 
 @operator(
     "kl_from_logprobs_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, Tensor? old_logprobs,"
-    f" {_OPTIONS}) -> (Tensor, Tensor)",
+    f" {_OPTIONS}, bool want_logprobs, bool want_ref) -> (Tensor, Tensor)",
     _fake_gradients,
 )
 def _backward(
@@ -114,11 +123,13 @@ def _backward(
     ref_logprobs: Tensor,
     mask: Tensor | None,
     old_logprobs: Tensor | None,
-    *options: Any,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    gradients = _fake_gradients(grad, logprobs, ref_logprobs)
-    _run(grad, logprobs, ref_logprobs, mask, old_logprobs, options, (None, *gradients))
-    return gradients
+    *options, want_logprobs, want_ref = rest
+    to_logprobs, to_ref = _fake_gradients(grad, logprobs, ref_logprobs, want_logprobs, want_ref)
+    outputs = (None, to_logprobs if want_logprobs else None, to_ref if want_ref else None)
+    _run(grad, logprobs, ref_logprobs, mask, old_logprobs, options, outputs)
+    return to_logprobs, to_ref
 
 
 _ops = torch.ops.lsc_kernels_triton
@@ -126,7 +137,7 @@ _ops = torch.ops.lsc_kernels_triton
 
 def arguments(options: KLOptions) -> tuple[int, bool, float, float, float, float]:
     """KL options as the ops take them."""
-    return KINDS.index(options.kind), *options[1:]
+    return KINDS.index(options.kind), options.straight_through, *options.log_ratio_limits, *options.kl_limits
 
 
 def forward(
@@ -149,8 +160,11 @@ def backward(
     mask: Tensor | None,
     old_logprobs: Tensor | None,
     options: KLOptions,
-) -> tuple[Tensor, Tensor]:
+    want_logprobs: bool,
+    want_ref: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     to_logprobs, to_ref = _ops.kl_from_logprobs_backward(
-        grad, logprobs, ref_logprobs, mask, old_logprobs, *arguments(options)
+        *(grad, logprobs, ref_logprobs, mask, old_logprobs),
+        *(*arguments(options), want_logprobs, want_ref),
     )
-    return to_logprobs, to_ref
+    return to_logprobs if want_logprobs else None, to_ref if want_ref else None

@@ -81,17 +81,18 @@ void kl_backward(const float* grad, const float* logprobs, const float* ref_logp
   const KLOptions options = options_of(arguments);
   const Tokens in{logprobs, ref_logprobs, arguments.old_logprobs, grad, mask};
   const auto write = [](const Gradients& to, float* logprob, float* ref) {
-    store_rounded(logprob, to.logprob);
-    store_rounded(ref, to.ref);
+    if (logprob) store_rounded(logprob, to.logprob);
+    if (ref) store_rounded(ref, to.ref);
   };
+  const auto at = [](float* gradient, int64_t i) { return gradient ? gradient + i : nullptr; };
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) write(gradients_at(in, i, options), to_logprobs + i, to_ref + i);
+  for (; i + kLanes <= end; i += kLanes) write(gradients_at(in, i, options), at(to_logprobs, i), at(to_ref, i));
   if (i == end) return;
   Remainder remainder;
   float last[kLanes], last_ref[kLanes];
   write(gradients_at(remainder.copied(in, i, end - i), 0, options), last, last_ref);
-  std::copy_n(last, end - i, to_logprobs + i);
-  std::copy_n(last_ref, end - i, to_ref + i);
+  if (to_logprobs) std::copy_n(last, end - i, to_logprobs + i);
+  if (to_ref) std::copy_n(last_ref, end - i, to_ref + i);
 }
 
 }  // namespace LSC_ISA
