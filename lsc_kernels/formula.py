@@ -43,6 +43,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from numbers import Real
 from typing import NamedTuple, NoReturn
 
 MAX_PROPERTIES = 32
@@ -154,13 +155,14 @@ class Property(Formula):
     exponent: float = 1.0
 
     def __pow__(self, exponent: object) -> Property:
-        if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
+        if isinstance(exponent, bool) or not isinstance(exponent, Real):
             raise TypeError(f"an exponent must be a number; got {type(exponent).__name__}")
-        if not 0 < exponent < math.inf:
+        number = float(exponent)
+        if not 0 < number < math.inf:
             raise ValueError(f"an exponent must be finite and > 0; got {exponent}")
         if self.exponent != 1.0:
             raise ValueError(f"{self} has an exponent already; got another, {exponent}")
-        return Property(self.name, float(exponent))
+        return Property(self.name, number)
 
     def __str__(self) -> str:
         name = _name(self)

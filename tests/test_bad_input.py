@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -250,6 +253,39 @@ def test_mistake(
     assert len(str(caught.value)) > len(argument) + 12, (
         "the message must say what was given and what is wanted"
     )
+
+
+NUMBERS: dict[str, Callable[[Callable[[float], Any]], Any]] = {
+    "temperature": lambda n: lk.token_kl(**token_kl_arguments(), temperature=n(2)).kl,
+    "clamps": lambda n: (
+        lk.token_kl(**token_kl_arguments(), log_ratio_clamp=(n(-1), n(1)), kl_clamp=(n(0), None)).kl
+    ),
+    "beta": lambda n: lk.shaped_rewards(**{**shaped_rewards_arguments(), "beta": n(2)}).rewards,
+    "operands": lambda n: lk.lsc_transform(torch.randn(3), n(1), scale=n(2), floor=n(0)),
+    "exponent": lambda n: lk.aggregate_rewards(torch.randn(3, 1), 0.0, formula=lk.prop(0) ** n(2)),
+    "margin": lambda n: lk.bradley_terry_loss(torch.randn(3), torch.randn(3), margin=n(1), center=n(2)),
+    "gamma": lambda n: lk.gae(torch.randn(2, 3), torch.randn(2, 3), None, gamma=n(1), lam=n(0))[0],
+    "eps": lambda n: lk.masked_whiten(torch.randn(2, 3), None, eps=n(1)),
+}
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+@pytest.mark.parametrize("number", [int, np.float32, np.float16, np.int64, np.int8, Fraction])
+def test_a_number_of_another_library_is_a_number(
+    backend: str, option: str, number: Callable[[float], Any]
+) -> None:
+    call = NUMBERS[option]
+    torch.manual_seed(0)
+    expected = call(float)
+    torch.manual_seed(0)
+    assert torch.equal(call(number), expected)
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+@pytest.mark.parametrize("wrong", [np.bool_, np.array, str, complex, Decimal], ids=lambda kind: kind.__name__)
+def test_what_is_no_real_number_is_none(backend: str, option: str, wrong: Callable[[float], Any]) -> None:
+    with pytest.raises(TypeError, match="must be"):
+        NUMBERS[option](wrong)
 
 
 def test_message_holds_what_was_given_and_what_is_wanted(backend: str) -> None:
