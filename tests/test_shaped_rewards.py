@@ -411,6 +411,31 @@ def test_inputs_are_left_as_they_were(backend: str, generator: Generator) -> Non
     assert all(torch.equal(value, arguments[name]) for name, value in before.items())
 
 
+@pytest.mark.parametrize("kl", KINDS)
+def test_a_reference_that_backward_does_not_read_is_not_kept(
+    backend: str, generator: Generator, kl: str
+) -> None:
+    arguments = inputs(generator) | {"kl": kl}
+
+    def gradient(ref: Tensor) -> tuple[Tensor, int]:
+        kept: list[Tensor] = []
+        leaf = arguments["policy"].clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda saved: kept.append(saved) or saved, lambda saved: saved
+        ):
+            out = lk.shaped_rewards(**arguments | {"policy": leaf, "ref": ref})
+        wide = sum(saved.shape == leaf.shape for saved in kept)
+        if wide == 1:
+            ref.detach().fill_(torch.nan)
+        (out.rewards.sum() + out.entropy.sum()).backward()
+        return leaf.grad, wide
+
+    expected, all_kept = gradient(arguments["ref"].clone().requires_grad_())
+    got, kept = gradient(arguments["ref"].clone())
+    assert (all_kept, kept) == (2, 2 if kl.startswith("full") else 1)
+    assert torch.equal(got, expected)
+
+
 def test_modes(backend: str, generator: Generator) -> None:
     arguments = inputs(generator)
     arguments["policy"].requires_grad_()

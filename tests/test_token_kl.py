@@ -197,6 +197,34 @@ class TestGradients:
                     policy, ref, actions, generator, kl=kl, grad=grad, name=f"{regime} V={vocabulary} {kl}"
                 )
 
+    @pytest.mark.parametrize("dtypes", [DTYPES[:2], (DTYPES[1], DTYPES[1])], ids=str)
+    def test_a_reference_that_backward_does_not_read_is_not_kept(
+        self, backend: str, generator: Generator, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> None:
+        """What becomes of its memory after the forward pass is nothing to the gradient."""
+        policy, ref, actions = inputs(generator, "near_1e-1", few(6), 777, DTYPES[0])
+        policy, ref = policy.to(dtypes[0]), ref.to(dtypes[1])
+        options = {"temperature": 0.7, "old_logprobs": -torch.rand(actions.shape, generator=generator)}
+        for kl in KINDS:
+
+            def gradient(policy: Tensor, ref: Tensor, kl: str = kl) -> tuple[Tensor, int]:
+                kept = []
+                leaf = policy.clone().requires_grad_()
+                with torch.autograd.graph.saved_tensors_hooks(
+                    lambda saved: kept.append(saved) or saved, lambda saved: saved
+                ):
+                    out = lk.token_kl(leaf, ref, actions, kl=kl, **options)
+                wide = sum(saved.shape == policy.shape for saved in kept)
+                if wide == 1:
+                    ref.detach().fill_(torch.nan)
+                (out.kl.sum() + out.entropy.sum() + out.logprobs.sum()).backward()
+                return leaf.grad, wide
+
+            expected, all_kept = gradient(policy, ref.clone().requires_grad_())
+            got, kept = gradient(policy, ref.clone())
+            assert (all_kept, kept) == (2, 2 if kl.startswith("full") else 1), kl
+            assert torch.equal(got, expected), kl
+
     @pytest.mark.parametrize("regime", REGIMES)
     def test_regimes(self, backend: str, generator: Generator, regime: str) -> None:
         for dtype in DTYPES[:2]:

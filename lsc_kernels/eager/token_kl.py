@@ -57,7 +57,8 @@ def forward(
     temperature: float | Tensor,
     options: KLOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns (kl, logprobs, ref_logprobs, entropy, state); eager recomputes in backward, so its state is empty."""
+    """Returns (kl, logprobs, ref_logprobs, entropy, state). The state is the reference's log-probabilities in fp64; the
+    rest is computed again in backward."""
     kept = token_logprobs.counted(actions, mask)
     token_logprobs.check_actions(actions, policy_logits.shape[-1], kept)
     log_p, log_q = log_softmax(policy_logits, temperature), log_softmax(ref_logits, temperature)
@@ -71,7 +72,7 @@ def forward(
     outputs = [torch.where(kept, output, 0.0) for output in (kl, logprobs, ref_logprobs, entropy)]
     if torch.float64 not in (policy_logits.dtype, ref_logits.dtype):
         outputs = [output.float() for output in outputs]
-    return outputs[0], outputs[1], outputs[2], outputs[3], outputs[0].new_empty(0)
+    return outputs[0], outputs[1], outputs[2], outputs[3], ref_logprobs
 
 
 def backward(
@@ -90,7 +91,8 @@ def backward(
     want_policy: bool,
     want_ref: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The table of gradients, x and y the two models' logits over the temperature:
+    """The table of gradients, x and y the two models' logits over the temperature; y is read for a divergence and for
+    a gradient to the reference only:
 
     ================  =====================================  ==========================
     output            d / d x_v                              d / d y_v
@@ -108,10 +110,7 @@ def backward(
     p, q = log_p.exp(), log_q.exp()
     index = actions.long().clamp(0, p.shape[-1] - 1).unsqueeze(-1)
     one_hot = torch.zeros_like(p).scatter_(-1, index, 1.0)
-    logprobs, ref_logprobs = (
-        token_logprobs.at_action(log_p, actions),
-        token_logprobs.at_action(log_q, actions),
-    )
+    logprobs, ref_logprobs = token_logprobs.at_action(log_p, actions), state
     log_weight = None if old_logprobs is None else logprobs - old_logprobs.double()
     _, on_ratio, on_divergence, on_logprob = _kl(
         log_p, log_q, difference(logprobs, ref_logprobs), log_weight, options

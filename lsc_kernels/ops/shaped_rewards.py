@@ -165,7 +165,9 @@ def shaped_rewards(
     every = (*tensors(*reward_side), policy_side.policy, policy_side.ref, *tensors(dense))
     kernels = select("shaped_rewards", *every)
     if wants_grad(*every):
-        outputs = _apply(kernels, kl_options, placing, reward_side[11:], *reward_side[:11], *policy_side)
+        keep_ref = policy_side.actions is None or token_kl.reads_ref(kl_options, policy_side.ref)
+        options = (kl_options, placing, reward_side[11:], keep_ref)
+        outputs = _apply(kernels, *options, *reward_side[:11], *policy_side)
     else:
         outputs = kernels.forward(reward_side, policy_side, kl_options, placing)
     rewards, utility, own_scores, divergence, logprobs, reference, entropy = outputs[:7]
@@ -281,6 +283,7 @@ class _ShapedRewards(torch.autograd.Function):
         kl_options: KLOptions,
         placing: RewardOptions,
         logic: tuple[bool, tuple[int, ...] | None],
+        keep_ref: bool,
         *arguments: Any,
     ) -> tuple[Tensor, ...]:
         reward, policy = RewardSide._make([*arguments[:11], *logic]), PolicySide(*arguments[11:])
@@ -289,6 +292,8 @@ class _ShapedRewards(torch.autograd.Function):
         ctx.mark_non_differentiable(outputs.state)
         ctx.kernels, ctx.kl_options, ctx.placing, ctx.logic = kernels, kl_options, placing, logic
         saved = [value if isinstance(value, Tensor) else None for value in arguments]
+        if not keep_ref:
+            saved[12] = None
         ctx.numbers = [None if isinstance(value, Tensor) else value for value in arguments]
         ctx.save_for_backward(*saved, outputs.utility, outputs.scores, outputs.kl, outputs.state)
         if reward.scores is not None:
@@ -308,7 +313,7 @@ class _ShapedRewards(torch.autograd.Function):
             gradients = _gradients(ctx, reward, policy, saved[-4:], upstream)
         sources = (*upstream, *tensors(*arguments))
         marked = (first_derivative("shaped_rewards", each, *sources) for each in gradients)
-        return None, None, None, None, *marked
+        return None, None, None, None, None, *marked
 
 
 _apply = quick_apply(_ShapedRewards)
@@ -322,7 +327,7 @@ def _gradients(
     upstream: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """One per argument of ``_ShapedRewards`` after the options: 11 of the reward side, 8 of the policy side."""
-    kernels, wants, policy = ctx.kernels, ctx.needs_input_grad[4:], with_counted(policy)
+    kernels, wants, policy = ctx.kernels, ctx.needs_input_grad[5:], with_counted(policy)
     utility, scores, kl, state = saved
     to_rewards, to_utility, to_scores, to_kl, to_logprobs, to_ref_logprobs, to_entropy, _ = upstream
     gradients: list[Tensor | None] = [None] * len(wants)
@@ -353,17 +358,10 @@ def _gradients(
     if not (wants[11] or wants[12]):
         return gradients
     if policy.actions is not None:
+        ref = policy.policy if policy.ref is None else policy.ref  # what is not read still has a shape
         gradients[11:13] = kernels.token_kl.backward(
-            *(
-                to_kl,
-                to_logprobs,
-                to_ref_logprobs,
-                to_entropy,
-                *policy[:6],
-                ctx.kl_options,
-                state,
-                *wants[11:13],
-            )
+            *(to_kl, to_logprobs, to_ref_logprobs, to_entropy, policy.policy, ref, *policy[2:6]),
+            *(ctx.kl_options, state, *wants[11:13]),
         )
         return gradients
     both = ((policy.policy, to_logprobs), (policy.ref, to_ref_logprobs))

@@ -80,7 +80,8 @@ def token_kl(
         with NaN or +inf, or all -inf, is NaN in that row only.
 
     Gradients:
-        To ``policy_logits``, and to ``ref_logits`` if it requires grad, each in its dtype. First derivative only.
+        To ``policy_logits``, and to ``ref_logits`` if it requires grad, each in its dtype. First derivative only. Until
+        the backward pass ``policy_logits`` are kept, and ``ref_logits`` for the full divergences or their own gradient.
 
     Raises:
         TypeError: a dtype that is not supported.
@@ -116,32 +117,39 @@ def token_kl(
     kernels = select("token_kl", policy_logits, ref_logits)
     fixed = (actions, counted, old_logprobs, temperature, options)
     if torch.is_grad_enabled() and (policy_logits.requires_grad or ref_logits.requires_grad):
-        return TokenKL(*_apply((kernels, *fixed), policy_logits, ref_logits))
+        return TokenKL(*_apply((kernels, reads_ref(options, ref_logits), *fixed), policy_logits, ref_logits))
     return TokenKL(*kernels.forward(policy_logits, ref_logits, *fixed)[:4])
+
+
+def reads_ref(options: KLOptions, ref_logits: Tensor) -> bool:
+    """Whether the backward pass reads the reference's logits: otherwise it does not keep them alive."""
+    return ref_logits.requires_grad or options.kind.startswith("full")
 
 
 class _TokenKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: tuple[ModuleType, Tensor, Tensor | None, Tensor | None, float | Tensor, KLOptions],
+        call: tuple[ModuleType, bool, Tensor, Tensor | None, Tensor | None, float | Tensor, KLOptions],
         policy_logits: Tensor,
         ref_logits: Tensor,
     ) -> tuple[Tensor, ...]:
-        kernels, actions, mask, old_logprobs, temperature, options = call
+        kernels, keep_ref, actions, mask, old_logprobs, temperature, options = call
         outputs: tuple[Tensor, ...] = kernels.forward(
             policy_logits, ref_logits, actions, mask, old_logprobs, temperature, options
         )
         ctx.set_materialize_grads(False)
         per_row = temperature if isinstance(temperature, Tensor) else None
-        ctx.save_for_backward(policy_logits, ref_logits, actions, mask, old_logprobs, per_row, outputs[4])
+        kept = ref_logits if keep_ref else None
+        ctx.save_for_backward(policy_logits, kept, actions, mask, old_logprobs, per_row, outputs[4])
         ctx.call = kernels, options, temperature if per_row is None else 1.0
         return outputs[:4]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        policy_logits, ref_logits, actions, mask, old_logprobs, per_row, state = ctx.saved_tensors
+        policy_logits, kept, actions, mask, old_logprobs, per_row, state = ctx.saved_tensors
         kernels, options, temperature = ctx.call
+        ref_logits = policy_logits if kept is None else kept  # what is not read still has a shape
         want_policy, want_ref = ctx.needs_input_grad[1:3]
         with torch.no_grad():
             grad_policy, grad_ref = kernels.backward(
