@@ -37,7 +37,7 @@ def test_reward_head_learns_preferences(generator: Generator) -> None:
     hidden = torch.randn(256, 2, 1, 8, generator=generator)
     better = (hidden @ wanted).squeeze(-1).argmax(-1)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
-    for _ in range(60):
+    for _ in range(150):
         scores = head(hidden.view(512, 1, 8)).view(256, 2)
         chosen, rejected = scores.gather(1, better[:, None]), scores.gather(1, 1 - better[:, None])
         loss = lk.bradley_terry_loss(chosen, rejected)
