@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seconds", type=float, help="in random order, and skip what has not begun by then")
 
 
-EMULATED_ONE_IN = 4
+EMULATED_ONE_IN = 6
 
 
 @pytest.hookimpl(trylast=True)
