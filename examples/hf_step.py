@@ -41,11 +41,6 @@ def sample(policy: Any, prompts: Any, times: int, eos: int) -> tuple[Tensor, Ten
     return responses, ended_before == 0
 
 
-def hidden_states(models: list[Any], ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-    with torch.no_grad():
-        return [model.base_model(ids, attention_mask=attention_mask).last_hidden_state for model in models]
-
-
 def main() -> None:
     torch.manual_seed(0)
     tokenizer = build_tokenizer(PROMPTS, vocab_size=300)
@@ -69,7 +64,11 @@ def main() -> None:
         return ids, torch.cat([repeated["attention_mask"], mask], 1)
 
     def scored(ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = hidden_states(reward_models, ids, attention_mask)
+        with torch.no_grad():
+            hidden = [
+                model.base_model(ids, attention_mask=attention_mask).last_hidden_state
+                for model in reward_models
+            ]
         return head(hidden, attention_mask=[attention_mask] * len(hidden))
 
     of_ref = scored(*together(*sample(ref, prompts, SAMPLES, tokenizer.eos_token_id)))
@@ -91,11 +90,8 @@ def main() -> None:
         returns = lk.discounted_returns(out.rewards.detach(), mask, gamma=GAMMA)
         advantages = lk.masked_whiten(returns, mask)
 
-        for row in (
-            0,
-            len(ids) // 2,
-            len(ids) - 1,
-        ):  # each text alone, without padding, as the models take it
+        for row in (0, len(ids) // 2, len(ids) - 1):
+            # alone, without padding, as the models take it
             text = ids[row][attention_mask[row].bool()][None]
             with torch.no_grad():
                 alone = torch.cat([model(text).logits[0] for model in reward_models])

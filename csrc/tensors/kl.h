@@ -2,7 +2,11 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
+#include <stdexcept>
+#include <vector>
 
+#include "arguments/rows.h"
 #include "tensors/tensor.h"
 
 namespace lsc {

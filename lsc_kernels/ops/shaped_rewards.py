@@ -166,8 +166,8 @@ def shaped_rewards(
     kernels = select("shaped_rewards", *every)
     if wants_grad(*every):
         keep_ref = policy_side.actions is None or token_kl.reads_ref(kl_options, policy_side.ref)
-        options = (kl_options, placing, reward_side[11:], keep_ref)
-        outputs = _apply(kernels, *options, *reward_side[:11], *policy_side)
+        call = (kernels, kl_options, placing, reward_side[11:], keep_ref)
+        outputs = _apply(call, *reward_side[:11], *policy_side)
     else:
         outputs = kernels.forward(reward_side, policy_side, kl_options, placing)
     rewards, utility, own_scores, divergence, logprobs, reference, entropy = outputs[:7]
@@ -279,13 +279,10 @@ class _ShapedRewards(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: ModuleType,
-        kl_options: KLOptions,
-        placing: RewardOptions,
-        logic: tuple[bool, tuple[int, ...] | None],
-        keep_ref: bool,
+        call: tuple[ModuleType, KLOptions, RewardOptions, tuple[bool, tuple[int, ...] | None], bool],
         *arguments: Any,
     ) -> tuple[Tensor, ...]:
+        kernels, kl_options, placing, logic, keep_ref = call
         reward, policy = RewardSide._make([*arguments[:11], *logic]), PolicySide(*arguments[11:])
         outputs = kernels.forward(reward, policy, kl_options, placing)
         ctx.set_materialize_grads(False)
@@ -313,7 +310,7 @@ class _ShapedRewards(torch.autograd.Function):
             gradients = _gradients(ctx, reward, policy, saved[-4:], upstream)
         sources = (*upstream, *tensors(*arguments))
         marked = (first_derivative("shaped_rewards", each, *sources) for each in gradients)
-        return None, None, None, None, None, *marked
+        return None, *marked
 
 
 _apply = quick_apply(_ShapedRewards)
@@ -326,8 +323,8 @@ def _gradients(
     saved: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """One per argument of ``_ShapedRewards`` after the options: 11 of the reward side, 8 of the policy side."""
-    kernels, wants, policy = ctx.kernels, ctx.needs_input_grad[5:], with_counted(policy)
+    """One per argument of ``_ShapedRewards`` after ``call``: 11 of the reward side, 8 of the policy side."""
+    kernels, wants, policy = ctx.kernels, ctx.needs_input_grad[1:], with_counted(policy)
     utility, scores, kl, state = saved
     to_rewards, to_utility, to_scores, to_kl, to_logprobs, to_ref_logprobs, to_entropy, _ = upstream
     gradients: list[Tensor | None] = [None] * len(wants)
