@@ -173,10 +173,10 @@ def launch_everything(dtype: torch.dtype, kinds: tuple[str, ...]) -> None:
     reward = RewardSide(hidden, weight, bias, mask, None, None, None, weights, 1.0, 0.0, None, False, None)
     logical = reward._replace(weights=weights, program=formula[-1])
     three = logits.view(batch, length, vocabulary)
-    # with and without a program, and reading the logits itself or not: all four over the dtypes
+    # with and without a program, and a program for a row or for each chunk: all four over the dtypes
     policy = PolicySide(three, three, actions.view(batch, length), mask, None, 1.0, None, None)
-    for side, reads in ((reward, dtype is torch.bfloat16), (logical, dtype is not torch.bfloat16)):
-        modules["token_kl"].SPLIT_BELOW = 1 if reads else 512
+    for side, whole in ((reward, dtype is torch.bfloat16), (logical, dtype is not torch.bfloat16)):
+        modules["token_kl"].SPLIT_BELOW = 1 if whole else 512
         modules["shaped_rewards"].forward(side, policy, sampled, placing)
     policy = PolicySide(rows.to(dtype), rows, None, mask, None, 1.0, None, None)
     for side in (reward, logical):

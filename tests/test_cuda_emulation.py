@@ -51,6 +51,18 @@ def test_a_row_is_the_same_bits_however_many_blocks_share_it(
             assert torch.equal(a, b)
 
 
+def test_a_launch_leaves_its_counters_for_the_next(generator: Generator) -> None:
+    """Rows, chunks and blocks that share a row differ from launch to launch; nothing else sets the counters to 0."""
+    for rows, vocabulary, multiprocessors in ((3, 70001, 5), (7, 140001, 40), (2, 140001, 2), (7, 33000, 40)):
+        policy, ref = logit_pair(generator, "near_1e-1", (rows, vocabulary))
+        actions = sampled_actions(generator, policy)
+        actions[rows // 2] = -100
+        expected = lk.token_kl(policy, ref, actions)
+        with _emulated.schedule(seed=rows, multiprocessors=multiprocessors):
+            got = lk.token_kl(policy, ref, actions)
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
 @pytest.mark.parametrize("kl", ["k3", "full_reverse"])
 def test_no_result_depends_on_the_order_of_threads_and_blocks(generator: Generator, kl: str) -> None:
     """A barrier that is missing shows as a difference, or as the NaN that shared memory is filled with."""

@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,22 +120,60 @@ def test_the_policy_side_is_one_launch_each_way(
     assert len(launches.ours) == 2 and launches.torch == []
 
 
-def test_few_long_rows_take_a_second_launch_and_give_the_same_bits(
+def long_rows(generator: Generator) -> Callable[[], list[Tensor]]:
+    """What three kernels make of four rows of three chunks, one of which does not count."""
+    arguments = chain(generator, 2, 2, 70_001, mask=torch.tensor([[True, True], [False, True]]))
+    policy, ref, actions, mask = (arguments[name] for name in ("policy", "ref", "actions", "mask"))
+
+    def outputs() -> list[Tensor]:
+        reverse = lk.token_kl(policy, ref, actions, kl="full_reverse", mask=mask)
+        alone, shaped = lk.token_logprobs(policy, actions, mask=mask), lk.shaped_rewards(**arguments)
+        return [each for each in (*reverse, *alone, *shaped) if each is not None]
+
+    return outputs
+
+
+def test_few_long_rows_are_one_launch_and_the_same_bits(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, ref = logit_pair(generator, "near_1e-1", (2, 70_001))
-    actions = torch.tensor([5, 70_000])
-    for kl in ("k3", "full_reverse"):
-        split = lk.token_kl(policy, ref, actions, kl=kl)
-        with monkeypatch.context() as patch:
-            patch.setattr(triton.ops()["token_kl"], "SPLIT_BELOW", 0)
-            with Launches(patch) as launches:
-                whole = lk.token_kl(policy, ref, actions, kl=kl)
-        assert len(launches.ours) == 1
-        assert all(torch.equal(a, b) for a, b in zip(split, whole, strict=True))
-    with Launches(monkeypatch) as launches:
-        lk.token_kl(policy, ref, actions)
-    assert len(launches.ours) == 2 and launches.torch == []
+    outputs = long_rows(generator)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.ops()["token_kl"], "SPLIT_BELOW", 0)
+        whole = outputs()
+    outputs()  # the counters of the interpreter's only stream are made, for good
+    with monkeypatch.context() as patch, Launches(patch) as launches:
+        split = outputs()
+    assert len(launches.ours) == 3 and launches.torch == []
+    assert all(torch.equal(a, b) for a, b in zip(split, whole, strict=True))
+
+
+@pytest.mark.skipif(
+    not triton.interpreted(), reason="about the order in which the interpreter takes programs"
+)
+def test_the_last_program_of_a_row_may_be_any(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    outputs = long_rows(generator)
+    expected = outputs()
+    ascending = builder.set_grid_idx
+    monkeypatch.setattr(
+        builder,
+        "set_grid_idx",
+        lambda *index: ascending(*(n - 1 - i for n, i in zip(builder.grid_dim, index, strict=True))),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(outputs(), expected, strict=True))
+
+
+def test_counters_are_zero_between_launches_and_grow(generator: Generator) -> None:
+    from lsc_kernels.triton import _launch
+
+    long_rows(generator)()
+    device = torch.device("cpu")
+    counters = _launch.arrival_counters(1, device)
+    assert not counters.any() and _launch.arrival_counters(1, device) is counters
+    more = _launch.arrival_counters(len(counters) + 1, device)
+    assert not more.any() and len(more) > len(counters)
+    assert _launch.arrival_counters(1, device) is more
 
 
 def test_masked_rows_read_no_logits(generator: Generator) -> None:

@@ -64,7 +64,12 @@ template <typename Memory>
 inline Memory& block_memory() {
   return *static_cast<Memory*>(emulation::block_memory(sizeof(Memory)));
 }
-inline unsigned atomic_increment(unsigned* counter) { return (*counter)++; }
+// Counts to `last`, then from 0 again; what it was before.
+inline unsigned atomic_count(unsigned* counter, unsigned last) {
+  const unsigned before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
 inline void publish() {}
 
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
@@ -131,7 +136,7 @@ __device__ __forceinline__ Memory& block_memory() {
   __shared__ alignas(16) unsigned char bytes[sizeof(Memory)];
   return *reinterpret_cast<Memory*>(bytes);
 }
-__device__ __forceinline__ unsigned atomic_increment(unsigned* counter) { return atomicAdd(counter, 1u); }
+__device__ __forceinline__ unsigned atomic_count(unsigned* counter, unsigned last) { return atomicInc(counter, last); }
 // What this thread has written is seen by whoever sees what it writes next.
 __device__ __forceinline__ void publish() { __threadfence(); }
 

@@ -41,6 +41,11 @@ int64_t launches();
 // The multiprocessors of a tensor's device.
 int multiprocessors(const Tensor& on);
 
+// At least `count` counters of the current stream of a tensor's device, 0 whenever none of its kernels runs: a kernel that
+// counts leaves them at 0, and kernels of one stream follow one another. There for good; a kernel that is aborted takes the
+// whole context with it, so no counter outlives it. Not for a stream that is being captured.
+unsigned* stream_counters(const Tensor& on, int64_t count);
+
 #ifdef LSC_EMULATION
 
 void count_launch();
@@ -52,6 +57,7 @@ void launch(void (*kernel)(Arguments), int64_t blocks, unsigned threads, const T
   emulation::run(blocks, threads, [&] { kernel(arguments); });
 }
 
+inline bool is_captured(const Tensor&) { return false; }
 inline void clear(const Tensor&, void* memory, size_t bytes) { std::memset(memory, 0, bytes); }
 
 #else
@@ -68,6 +74,14 @@ void launch(void (*kernel)(Arguments), int64_t blocks, unsigned threads, const T
   kernel<<<unsigned(blocks), threads, 0, current_stream(on)>>>(arguments);
   check(cudaGetLastError(), "launch");
   count_launch();
+}
+
+// Whether what is launched becomes a part of a graph.
+inline bool is_captured(const Tensor& on) {
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  cudaStreamCaptureStatus status;
+  check(cudaStreamIsCapturing(current_stream(on), &status), "capture status");
+  return status != cudaStreamCaptureStatusNone;
 }
 
 inline void clear(const Tensor& on, void* memory, size_t bytes) {

@@ -21,7 +21,7 @@ struct TokenForward {
   TokenOutputs out;
   int blocks_per_row;
   RowState<double>* states;  // [N, chunks], where several blocks share a row
-  unsigned* arrivals;        // [N], 0
+  unsigned* arrivals;        // [N], 0 before the launch and after it
 
   LSC_FN const KLArguments* options() const { return has_kl ? &kl : nullptr; }
 };
@@ -155,7 +155,8 @@ LSC_DEVICE bool token_row(ReaderMemory& memory, const TokenForward& a, int64_t r
   if (shared) {
     if (thread_index() == 0) {
       publish();
-      memory.last = atomic_increment(a.arrivals + row) == unsigned(a.blocks_per_row) - 1;
+      const unsigned last = unsigned(a.blocks_per_row) - 1;
+      memory.last = atomic_count(a.arrivals + row, last) == last;
       publish();
     }
     sync_block();

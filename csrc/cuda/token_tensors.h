@@ -11,13 +11,17 @@ namespace cuda {
 // Enough to fill a multiprocessor.
 constexpr int64_t kBlocksPerMultiprocessor = 3;
 
+inline int64_t blocks_wanted(const Tensor& on) { return kBlocksPerMultiprocessor * multiprocessors(on); }
+
 inline int blocks_per_row(const TokenTensors& tensors, const Tensor& on) {
   const int64_t chunks = (tensors.rows.vocabulary + kChunk - 1) / kChunk;
-  const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors(on), rows = std::max<int64_t>(1, tensors.count);
+  const int64_t wanted = blocks_wanted(on), rows = std::max<int64_t>(1, tensors.count);
   return int(std::clamp<int64_t>((wanted + rows - 1) / rows, 1, chunks));
 }
 
-// Memory in which blocks that share a row leave its chunks' states; kept while the launch is prepared.
+// Memory in which blocks that share a row leave its chunks' states and count how many are done; kept while the launch is
+// prepared. The counters are the stream's, except in a graph: it may run beside other work of the stream that it was captured
+// from, so it has counters of its own, which it sets to 0 itself.
 struct Workspace {
   std::optional<Tensor> states, arrivals;
 
@@ -26,10 +30,14 @@ struct Workspace {
     const int64_t chunks = (tensors.rows.vocabulary + kChunk - 1) / kChunk;
     const int64_t bytes = tensors.count * chunks * int64_t(sizeof(RowState<double>)), counters = tensors.count;
     states = empty_on(on, Sizes(&bytes, 1), torch::headeronly::ScalarType::Byte);
-    arrivals = empty_on(on, Sizes(&counters, 1), torch::headeronly::ScalarType::Int);
     a.states = static_cast<RowState<double>*>(states->data_ptr());
-    a.arrivals = static_cast<unsigned*>(arrivals->data_ptr());
-    clear(on, a.arrivals, size_t(counters) * sizeof(unsigned));
+    if (is_captured(on)) {
+      arrivals = empty_on(on, Sizes(&counters, 1), torch::headeronly::ScalarType::Int);
+      a.arrivals = static_cast<unsigned*>(arrivals->data_ptr());
+      clear(on, a.arrivals, size_t(counters) * sizeof(unsigned));
+    } else {
+      a.arrivals = stream_counters(on, blocks_wanted(on));  // rows that are shared are fewer
+    }
   }
 };
 

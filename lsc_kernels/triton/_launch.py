@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -43,6 +44,46 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
             kernel[grid](*arguments, enable_fp_fusion=False, **meta)
     else:
         kernel[grid](*arguments, enable_fp_fusion=False, **meta)
+
+
+def kept(make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, a tensor that is there for good.
+
+    It is made in a thread of its own: a memory pool that is in use, such as that of the graphs which torch.compile
+    records, takes what its thread allocates, and counts on getting it back.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(make).result()
+
+
+_counters: dict[torch.cuda.Stream | None, Tensor] = {}
+
+
+def arrival_counters(count: int, device: torch.device) -> Tensor:
+    """``count`` counters that are 0, for a kernel that counts its programs and leaves them at 0.
+
+    They are the current stream's, whose kernels follow one another: nothing has to set them to 0 again. (A kernel that
+    is aborted takes the whole CUDA context with it.) A graph may run beside other work of the stream that it was
+    captured from, so while one is captured they are new, and the graph sets them to 0 itself.
+    """
+
+    def new() -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+
+    def new_on_stream() -> Tensor:
+        with torch.cuda.stream(stream):
+            return new()
+
+    stream = None
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return new()
+    counters = _counters.get(stream)
+    if counters is None or counters.numel() < count:
+        counters = _counters[stream] = kept(new_on_stream)
+    return counters
 
 
 def per_row(tensor: Tensor | None) -> tuple[Tensor | None, int]:

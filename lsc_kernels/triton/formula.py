@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lsc_kernels.formula import MAX_PROPERTIES, Instruction
+from lsc_kernels.triton._launch import kept
 
 PROPERTY = tl.constexpr(int(Instruction.PROPERTY))
 NOT = tl.constexpr(int(Instruction.NOT))
@@ -35,7 +36,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _TINY = tl.constexpr(1e-290)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # for good: a graph may refer to it
 def program_on(program: tuple[int, ...], device: torch.device) -> Tensor:
     """The program with each instruction's parent, [length, 4]; copied to the device once."""
     rows: list[list[int]] = []
@@ -48,7 +49,7 @@ def program_on(program: tuple[int, ...], device: torch.device) -> Tensor:
         del stack[len(stack) - several :]
         stack.append(len(rows))
         rows.append([kind, operand, least, -1])
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    return kept(lambda: torch.tensor(rows, dtype=torch.int32, device=device))
 
 
 class Pair(NamedTuple):

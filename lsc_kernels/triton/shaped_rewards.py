@@ -6,8 +6,8 @@ sequence's K dot products, centring, log-sigmoid and aggregation, with a formula
 first token's does.
 
 Bytes: each counted logit once, a part of the sequence's mask for each of its tokens (from the second-level cache), K
-rows of weights and one of hidden per sequence. Few rows of a long vocabulary are read by several programs each, in a
-launch of their own before: see :data:`~lsc_kernels.triton.token_kl.SPLIT_BELOW`.
+rows of weights and one of hidden per sequence. Few rows of a long vocabulary are read by several programs each; the
+last of them to come goes on as the row's: see :data:`~lsc_kernels.triton.token_kl.SPLIT_BELOW`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lsc_kernels.triton._launch import block, dense, launch, operator
 from lsc_kernels.triton.aggregate_formula import evaluated, instructions, result, slots
 from lsc_kernels.triton.aggregate_rewards import judged, weighed
 from lsc_kernels.triton.formula import program_on
-from lsc_kernels.triton.kl import KINDS, clamp
+from lsc_kernels.triton.kl import clamp
 from lsc_kernels.triton.kl_from_logprobs import evaluate_logprobs
 from lsc_kernels.triton.log_sigmoid import Operand
 from lsc_kernels.triton.lsc_transform import has_floor, joined, operand, split
@@ -39,14 +39,13 @@ from lsc_kernels.triton.token_kl import (
     aligned,
     model,
     new_rows,
-    read_chunks,
     rows_of,
     split_temperature,
     temperature_of,
     tiles,
 )
 from lsc_kernels.triton.token_rewards import one_stride, per_token, two_strides
-from lsc_kernels.triton.token_rows import SAVED, forward_row, no_token
+from lsc_kernels.triton.token_rows import SAVED, forward_row, leaves_row, no_token
 
 __all__ = ["aggregate_rewards", "forward", "kl_from_logprobs", "reward_head", "token_kl", "token_rewards"]
 
@@ -70,7 +69,7 @@ _REWARD_DATA = (
 _LOGIT_NUMBERS = (
     "policy_outer", "policy_inner", "policy_step", "ref_outer", "ref_inner", "ref_step", "temperature_stride",
 )  # fmt: skip
-_LOGIT_DATA = ("policy", "ref", "temperatures", "states", "entropy", "saved")
+_LOGIT_DATA = ("policy", "ref", "temperatures", "states", "arrivals", "entropy", "saved")
 
 
 @triton.jit
@@ -156,10 +155,10 @@ def _logits_kernel(
     mask, actions, old_logprobs, length: tl.int64,
     policy, policy_outer: tl.int64, policy_inner: tl.int64, policy_step,
     ref, ref_outer: tl.int64, ref_inner: tl.int64, ref_step,
-    temperatures, temperature_stride: tl.int64, temperature: tl.float64, states,
+    temperatures, temperature_stride: tl.int64, temperature: tl.float64, states, arrivals,
     kl, logprobs, ref_logprobs, entropy, saved, V,
     ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64,
-    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, READS: tl.constexpr,
+    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
     POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     POOL: tl.constexpr, IGNORE_MISSING: tl.constexpr, HAS_FLOOR: tl.constexpr, PLACEMENT: tl.constexpr,
     HAS_KL: tl.constexpr, WEIGHTS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
@@ -172,12 +171,20 @@ def _logits_kernel(
     own_actions = actions + sequence * length
     own_saved = saved + row * SAVED
     is_counted = counted_at(own_mask, 1, own_actions, position, position < length)
+    if arrivals is not None:
+        own = leaves_row(
+            policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
+            temperatures, temperature_stride, temperature, states, arrivals, row, is_counted, length, V,
+            KIND, POLICY_ALIGNED, REF_ALIGNED, ROWS, LANES,
+        )  # fmt: skip
+        if own == 0:
+            return
     if is_counted:
         token = forward_row(
             policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
             actions, old_logprobs, temperatures, temperature_stride, temperature, states, own_saved,
             row, length, V, ratio_low, ratio_high, kl_low, kl_high,
-            KIND, STRAIGHT_THROUGH, READS, POLICY_ALIGNED, REF_ALIGNED, ROWS, LANES,
+            KIND, STRAIGHT_THROUGH, arrivals is None, POLICY_ALIGNED, REF_ALIGNED, ROWS, LANES,
         )  # fmt: skip
     elif length > 0:
         token = no_token(own_saved)
@@ -380,13 +387,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         )  # fmt: skip
         return tuple(out)
     assert own_actions is not None
-    per_temperature = temperature_of(temperatures, temperature)
-    reverse = kind == KINDS.index("full_reverse")
-    states, reads = read_chunks(policy, ref, own_actions, own_mask, per_temperature, reverse)
+    programs, states, arrivals = token_kl.split(batch * length, policy)
     launch(
-        _logits_kernel, (batch * max(1, length),), policy.device, *common, *model(policy), *model(ref),
-        *per_temperature, states, *out[3:], policy.shape[-1], *limits, READS=reads, POLICY_ALIGNED=aligned(policy),
-        REF_ALIGNED=aligned(ref), **tiles(policy.shape[-1])._asdict(), **constants,
+        _logits_kernel, (batch * max(1, length), programs), policy.device, *common, *model(policy), *model(ref),
+        *temperature_of(temperatures, temperature), states, arrivals, *out[3:], policy.shape[-1], *limits,
+        POLICY_ALIGNED=aligned(policy), REF_ALIGNED=aligned(ref), **tiles(policy.shape[-1])._asdict(), **constants,
     )  # fmt: skip
     return tuple(out)
 

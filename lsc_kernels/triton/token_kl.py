@@ -11,18 +11,16 @@ from torch import Tensor
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
 from lsc_kernels.eager.token_logprobs import check_actions, counted
 from lsc_kernels.triton import interpreted
-from lsc_kernels.triton._launch import dense, launch, operator, per_row
+from lsc_kernels.triton._launch import arrival_counters, dense, launch, operator, per_row
 from lsc_kernels.triton.kl import KINDS
 from lsc_kernels.triton.kl_from_logprobs import arguments
 from lsc_kernels.triton.row_state import CHUNK
-from lsc_kernels.triton.token_rows import SAVED, backward_kernel, forward_kernel, read_chunks_kernel
+from lsc_kernels.triton.token_rows import SAVED, backward_kernel, forward_kernel
 
 SPLIT_BELOW = 512
 """Rows: with fewer, a program per row leaves multiprocessors idle (an H200 holds about 4 programs on each of 132).
 
-A launch of a program per chunk then comes before that of a program per row. One launch would need to know which
-program of a row comes last, by a counter in memory that is 0 before: PyTorch sets it to 0 with a launch of its own,
-and one that the last program sets back for the next launch would be shared by streams and graphs that run together.
+Each chunk of a row then has a program; the last one to come, by a counter of the row's, merges the chunks.
 """
 
 
@@ -90,31 +88,18 @@ def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float
     return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
 
 
-def read_chunks(
-    policy: Tensor,
-    ref: Tensor | None,
-    actions: Tensor,
-    mask: Tensor | None,
-    temperature: tuple[Any, ...],
-    reverse: bool,
-) -> tuple[Tensor | None, bool]:
-    """Room for the states of a row's chunks where there are several, and whether the row's program is to read them.
+def split(rows: int, policy: Tensor) -> tuple[int, Tensor | None, Tensor | None]:
+    """How many programs share a row, room for the states of its chunks, and counters of the programs that are done.
 
-    Logits are as :func:`rows_of` gives them. Where rows are few, a kernel of its own has read them here.
+    One program, and no room, where there is one chunk; no counters where a program reads all chunks of a row.
     """
-    rows, vocabulary = actions.numel(), policy.shape[-1]
-    count = chunks(vocabulary)
+    count = chunks(policy.shape[-1])
     if count == 1:
-        return None, True
+        return 1, None, None
     states = policy.new_empty((rows, count, 10), dtype=torch.float64)
     if rows >= SPLIT_BELOW:
-        return states, True
-    launch(
-        read_chunks_kernel, (rows, count), policy.device, *model(policy), *model(ref), actions, mask, *temperature,
-        states, policy.shape[1], vocabulary, reverse, aligned(policy), aligned(ref),
-        **tiles(vocabulary)._asdict(),
-    )  # fmt: skip
-    return states, False
+        return 1, states, None
+    return count, states, arrival_counters(SPLIT_BELOW, policy.device)
 
 
 def forward_rows(
@@ -134,16 +119,13 @@ def forward_rows(
     vocabulary = policy.shape[-1]
     if actions.is_cpu:
         check_actions(actions, vocabulary, counted(actions, mask))
-    own_actions, own_mask = actions.contiguous(), dense(mask)
-    per_temperature = temperature_of(temperatures, temperature)
-    reverse = kind == KINDS.index("full_reverse")
-    states, reads = read_chunks(policy, ref, own_actions, own_mask, per_temperature, reverse)
+    programs, states, arrivals = split(actions.numel(), policy)
     outputs = new_rows(actions, ref is not None)
     launch(
-        forward_kernel, (actions.numel(),), policy.device, *model(policy), *model(ref),
-        own_actions, own_mask, dense(old_logprobs), *per_temperature, states, *outputs,
-        policy.shape[1], vocabulary, *limits, kind, straight_through, reads, aligned(policy), aligned(ref),
-        **tiles(vocabulary)._asdict(),
+        forward_kernel, (actions.numel(), programs), policy.device, *model(policy), *model(ref),
+        actions.contiguous(), dense(mask), dense(old_logprobs), *temperature_of(temperatures, temperature),
+        states, arrivals, *outputs, policy.shape[1], vocabulary, *limits, kind, straight_through,
+        aligned(policy), aligned(ref), **tiles(vocabulary)._asdict(),
     )  # fmt: skip
     return outputs
 

@@ -1,9 +1,10 @@
 """Forward and backward of one token's row in Triton; shared by token_logprobs, token_kl and shaped_rewards.
 
-Forward, per row: read both models' logits once, write 4 floats and the 11 doubles that backward needs. Backward, per
-chunk of a row: combine the upstream gradients into nine coefficients, read each logit once, write each wanted gradient
-once; the reference is read only where a gradient needs it. A row that does not count is left before its logits are
-read.
+Forward, per row: read both models' logits once, write 4 floats and the 11 doubles that backward needs. Few rows of a
+long vocabulary are read by a program per chunk; the last of a row's programs to come merges what all have left.
+Backward, per chunk of a row: combine the upstream gradients into nine coefficients, read each logit once, write each
+wanted gradient once; the reference is read only where a gradient needs it. A row that does not count is left before
+its logits are read.
 """
 
 from __future__ import annotations
@@ -138,12 +139,18 @@ def store_state(states, index, state):
 
 
 @triton.jit
+def load_field(states, index, FIELD: tl.constexpr):
+    """From the second-level cache, which all programs share."""
+    return tl.load(states + index * 10 + FIELD, cache_modifier=".cg")
+
+
+@triton.jit
 def load_state(states, index):
-    base = states + index * 10
     return RowState(
-        main_max=tl.load(base), S=tl.load(base + 1), D=tl.load(base + 2), A=tl.load(base + 3), B=tl.load(base + 4),
-        other_max=tl.load(base + 5), other_S=tl.load(base + 6), H=tl.load(base + 7), centre=tl.load(base + 8),
-        other_misses=tl.load(base + 9),
+        main_max=load_field(states, index, 0), S=load_field(states, index, 1), D=load_field(states, index, 2),
+        A=load_field(states, index, 3), B=load_field(states, index, 4), other_max=load_field(states, index, 5),
+        other_S=load_field(states, index, 6), H=load_field(states, index, 7), centre=load_field(states, index, 8),
+        other_misses=load_field(states, index, 9),
     )  # fmt: skip
 
 
@@ -156,6 +163,16 @@ def merged_row(states, row, V, temperature, PAIR: tl.constexpr, REVERSE: tl.cons
     for chunk in range(1, chunks):
         state = merge(state, load_state(states, first + chunk), temperature, PAIR, REVERSE)
     return state
+
+
+@triton.jit
+def is_last(arrivals, row):
+    """Whether all programs of a row have left their chunk's state, which can then be read. The counter is 0 again."""
+    tl.debug_barrier()  # every thread has written
+    last = tl.atomic_add(arrivals + row, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1
+    if last:
+        tl.store(arrivals + row, 0)
+    return last
 
 
 @triton.jit
@@ -436,30 +453,8 @@ _STRIDES = (
     "ref_step",
     "temperature_stride",
 )
-_FORWARD = ("policy", "ref", "actions", "mask", "old_logprobs", "temperatures", "states")
+_FORWARD = ("policy", "ref", "actions", "mask", "old_logprobs", "temperatures", "states", "arrivals")
 _OUTPUTS = ("kl", "logprobs", "ref_logprobs", "entropy", "saved")
-
-
-@triton.jit(do_not_specialize=(*_COUNTS, *_STRIDES), do_not_specialize_on_alignment=_FORWARD)
-def read_chunks_kernel(
-    policy, policy_outer: tl.int64, policy_inner: tl.int64, policy_step,
-    ref, ref_outer: tl.int64, ref_inner: tl.int64, ref_step,
-    actions, mask, temperatures, temperature_stride: tl.int64, temperature: tl.float64,
-    states, rows_per_outer: tl.int64, V,
-    REVERSE: tl.constexpr, POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Few rows: program (row, chunk) leaves the state of its chunk for ``forward_kernel``."""
-    row, chunk = tl.program_id(0), tl.program_id(1)
-    if is_counted(actions, mask, row):
-        own_temperature = temperature_at(temperatures, row, temperature_stride, temperature)
-        outer, inner = row // rows_per_outer, row % rows_per_outer
-        x = row_pointer(policy, outer, inner, policy_outer, policy_inner, POLICY_ALIGNED)
-        y = ref if ref is None else row_pointer(ref, outer, inner, ref_outer, ref_inner, REF_ALIGNED)
-        begin = chunk * CHUNK
-        end = tl.minimum(begin + CHUNK, V)
-        state = read_part(x, policy_step, y, ref_step, begin, end, own_temperature, REVERSE, ROWS, LANES)
-        store_state(states, row.to(tl.int64) * tl.num_programs(1) + chunk, state)
 
 
 @triton.jit(do_not_specialize=(*_COUNTS, *_STRIDES), do_not_specialize_on_alignment=(*_FORWARD, *_OUTPUTS))
@@ -467,20 +462,30 @@ def forward_kernel(
     policy, policy_outer: tl.int64, policy_inner: tl.int64, policy_step,
     ref, ref_outer: tl.int64, ref_inner: tl.int64, ref_step,
     actions, mask, old_logprobs, temperatures, temperature_stride: tl.int64, temperature: tl.float64,
-    states, kl, logprobs, ref_logprobs, entropy, saved, rows_per_outer: tl.int64, V,
+    states, arrivals, kl, logprobs, ref_logprobs, entropy, saved, rows_per_outer: tl.int64, V,
     ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64,
-    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, READS: tl.constexpr,
+    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
     POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program per row. ``states``: of its chunks, where there are several; without READS they are there already."""
+    """One program per row, or with ``arrivals`` one per chunk, of which the last goes on. ``states``: of a row's
+    chunks, where there are several."""
     row = tl.program_id(0)
     own_saved = saved + row.to(tl.int64) * SAVED
-    if is_counted(actions, mask, row):
+    counts = is_counted(actions, mask, row)
+    if arrivals is not None:
+        own = leaves_row(
+            policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
+            temperatures, temperature_stride, temperature, states, arrivals, row, counts, rows_per_outer, V,
+            KIND, POLICY_ALIGNED, REF_ALIGNED, ROWS, LANES,
+        )  # fmt: skip
+        if own == 0:
+            return
+    if counts:
         token = forward_row(
             policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
             actions, old_logprobs, temperatures, temperature_stride, temperature, states, own_saved,
             row, rows_per_outer, V, ratio_low, ratio_high, kl_low, kl_high,
-            KIND, STRAIGHT_THROUGH, READS, POLICY_ALIGNED, REF_ALIGNED, ROWS, LANES,
+            KIND, STRAIGHT_THROUGH, arrivals is None, POLICY_ALIGNED, REF_ALIGNED, ROWS, LANES,
         )  # fmt: skip
     else:
         token = no_token(own_saved)
@@ -492,6 +497,31 @@ def forward_kernel(
 
 
 @triton.jit
+def leaves_row(
+    policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
+    temperatures, temperature_stride, temperature, states, arrivals, row, counts, rows_per_outer, V,
+    KIND: tl.constexpr, POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Program (row, chunk) leaves the state of its chunk in memory. Whether the row's outputs are this program's to
+    write: the last one's, or the first one's where the row does not count."""
+    chunk = tl.program_id(1)
+    own = chunk == 0
+    if counts:
+        own_temperature = temperature_at(temperatures, row, temperature_stride, temperature)
+        outer, inner = row // rows_per_outer, row % rows_per_outer
+        x = row_pointer(policy, outer, inner, policy_outer, policy_inner, POLICY_ALIGNED)
+        y = ref if ref is None else row_pointer(ref, outer, inner, ref_outer, ref_inner, REF_ALIGNED)
+        begin = chunk * CHUNK
+        end = tl.minimum(begin + CHUNK, V)
+        REVERSE: tl.constexpr = ref is not None and KIND == FULL_REVERSE
+        state = read_part(x, policy_step, y, ref_step, begin, end, own_temperature, REVERSE, ROWS, LANES)
+        store_state(states, row.to(tl.int64) * tl.num_programs(1) + chunk, state)
+        own = is_last(arrivals, row)
+    return own
+
+
+@triton.jit
 def forward_row(
     policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
     actions, old_logprobs, temperatures, temperature_stride, temperature, states, own_saved,
@@ -499,7 +529,8 @@ def forward_row(
     KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, READS: tl.constexpr,
     POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A counted row, from its logits. The states of several chunks go through memory: registers are short."""
+    """A counted row, from its logits. The states of several chunks go through memory: registers are short. Without
+    READS they are there already."""
     PAIR: tl.constexpr = ref is not None
     REVERSE: tl.constexpr = PAIR and KIND == FULL_REVERSE
     own_temperature = temperature_at(temperatures, row, temperature_stride, temperature)
