@@ -8,6 +8,7 @@ them all; the read floor, ``x.sum()`` over the same bytes, runs in the same roun
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import subprocess
 import time
@@ -147,15 +148,19 @@ def extra_memory(step: Callable[[], object]) -> float:
 
 
 def commit() -> str:
-    """The commit of this checkout, and whether its code differs from it."""
+    """The commit of this checkout, and whether its code differs from it; LSC_COMMIT where there is no git."""
 
     def git(*arguments: str) -> str:
         where = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True).stdout.strip()
+        try:
+            done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True)
+        except FileNotFoundError:
+            return ""
+        return done.stdout.strip()
 
     changed = (
         " with changes"
         if git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../lsc_kernels")
         else ""
     )
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
+    return (git("rev-parse", "--short", "HEAD") or os.environ.get("LSC_COMMIT", "unknown")) + changed

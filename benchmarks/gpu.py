@@ -8,6 +8,9 @@ run. The bytes that the work must move, over that time, are given as a share of 
 run. Rows come in order of weight; those that the seconds do not reach are listed as left out. The file is written anew
 after each row.
 
+A kernel that reads where it must not ends the process's CUDA context, and with it every later row. The exit status is
+then 75, and ``--resume`` goes on in a new process behind that row, without that way of that op.
+
 ``--quick`` runs a few small rows once on whatever device there is, and writes nothing. ``--only-compile`` calls what
 torch.compile makes once, so that its cache on disk has it when a measurement begins.
 """
@@ -45,10 +48,11 @@ import lsc_kernels as lk  # noqa: E402
 TRITON, TRL, LIGER = "triton", "trl", "liger"
 OURS = (TRITON, NATIVE)
 VOCABULARIES, ROWS = (128256, 151936, 32000), (8192, 1024, 64)
-FLUSHED_BYTES = 256 << 20
+FLUSHED_BYTES = 2 << 30  # takes half a millisecond, in which the host is ahead with what is timed
 CHECKED_ROWS = 64
 SECONDS_A_ROW = 0.7
 COUNTED_BELOW_MS = 100  # a loop of 8192 steps starts more kernels than the profiler reads in seconds
+CONTEXT_LOST = 75
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class Row:
     moved_gb: float
     ways: dict[str, Timing] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    lost: str | None = None  # the way that ended the CUDA context
 
 
 class Clock:
@@ -178,6 +183,8 @@ def ours(device: torch.device, function: Function) -> dict[str, Function]:
 @functools.cache
 def compiled(function: Function) -> Function:
     """Compiled once for all shapes, as a trainer whose lengths change needs it."""
+    # for each dtype, with and without a gradient; beyond the limit it would silently be eager
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=True)
 
 
@@ -355,6 +362,16 @@ def explained(problem: Exception) -> str:
     return f"{type(problem).__name__}: {problem}"[:300]
 
 
+def context_is_lost() -> bool:
+    """Whether every further call to CUDA fails, as after an illegal access."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def measure(row: Row, problem: Problem, clock: Clock, bandwidth: float, deadline: float) -> None:
     """Check and time every way; a way that fails is left out with the reason."""
     inputs = problem.inputs()
@@ -372,6 +389,9 @@ def measure(row: Row, problem: Problem, clock: Clock, bandwidth: float, deadline
             )
         except Exception as problem_of_way:  # out of memory, an unsupported GPU, a compiler that is not there
             row.left_out[name] = explained(problem_of_way)
+            if context_is_lost():
+                row.lost = name
+                raise
             continue
         del got
         steps[name] = step
@@ -455,6 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks/results", help="write them there instead"
     )
+    parser.add_argument("--resume", action="store_true", help="go on behind the rows that the file has")
     parser.add_argument("--only-compile", action="store_true", help="fill torch.compile's cache, and no more")
     parser.add_argument("--quick", action="store_true", help="a few small rows, on a CPU if need be")
     options = parser.parse_args(arguments)
@@ -477,27 +498,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
             " ", "-"
         )
         path = options.out / f"gpu-{name}.json"
+        rows = earlier_rows(path) if options.resume else []
+    lost = {(row.op, row.lost) for row in rows}
     failed = False
-    for problem in problems(device, options.quick):
+    for problem in itertools.islice(problems(device, options.quick), len(rows), None):
         row = named(problem)
         rows.append(row)
+        without = [name for name in problem.ways if (problem.op, name) in lost]
+        row.left_out = {name: "it has ended the CUDA context before" for name in without}
+        for name in without:
+            del problem.ways[name]
         if time.monotonic() > deadline:
-            row.left_out = {name: "no time left" for name in problem.ways}
+            row.left_out |= {name: "no time left" for name in problem.ways}
         else:
             try:
                 measure(row, problem, clock, bandwidth, deadline)
-            except (
-                Exception
-            ) as failure:  # the inputs or the truth: memory, or a device that an earlier row has broken
-                row.left_out = {name: explained(failure) for name in problem.ways}
+            except Exception as failure:  # the inputs or the truth: memory, or a device that is lost
+                done = {*row.ways, *row.left_out}
+                row.left_out |= {name: explained(failure) for name in problem.ways if name not in done}
                 failed = True
         print(line(row), flush=True)
         lk.set_backend("auto")
         if path is not None:
             write(path, report(rows, device, bandwidth, peers()[1]))
+        if failed and context_is_lost():
+            return CONTEXT_LOST
     if path is not None:
         print(f"results: {path}")
     return int(failed)
+
+
+def earlier_rows(path: Path) -> list[Row]:
+    """Those of a run that has lost the device."""
+    rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["comparisons"]]
+    for row in rows:
+        row.ways = {name: Timing(**timing) for name, timing in row.ways.items()}  # type: ignore[arg-type]
+    return rows
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

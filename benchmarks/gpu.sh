@@ -5,14 +5,17 @@
 #
 # builds the CUDA kernels for the GPU that is there, runs the ops' tests on it (Triton, CUDA C++ and eager against fp64),
 # compute-sanitizer on small shapes, and then the benchmarks. It needs Python with torch >= 2.11 for CUDA, triton, numpy,
-# and nvcc, cmake, ninja and pybind11; for the tests pytest, hypothesis and mpmath, better with pytest-xdist. PYTHON names
-# another interpreter than python3. Results and logs go to OUT, benchmarks/results by default. A step that fails, or that its
-# time does not suffice for, keeps none of the others from running; what failed is said at the end.
+# and nvcc, cmake, ninja and pybind11; for the tests pytest, hypothesis and mpmath, better with pytest-xdist and pytest-timeout.
+# PYTHON names another interpreter than python3, PYTHONPATH what it lacks, LSC_COMMIT the commit where there is no git.
+# Results go to OUT, benchmarks/results by default, as they come: gpu-NAME.json and a log of each step, six files. A step that
+# fails, or that its time does not suffice for, keeps none of the others from running; what failed is said at the end.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=$(mkdir -p "${1:-benchmarks/results}" && cd "${1:-benchmarks/results}" && pwd)
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 LSC_KERNELS_BACKEND=auto
+# cmake and ninja may be Python's, and the CUDA tools on no path
+PATH=$(dirname "$(command -v "$PYTHON")"):$PATH:/usr/local/cuda/bin
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 LSC_KERNELS_BACKEND=auto
 unset TRITON_INTERPRET
 SECONDS_IN_ALL=530
 failed=() times=()
@@ -24,6 +27,7 @@ print("%d%d" % torch.cuda.get_device_capability())'); then
   exit 2
 fi
 
+# A step of so many seconds at most.
 step() {
   local name=$1 limit=$2 log=$OUT/gpu-$1.log begin=$SECONDS
   shift 2
@@ -33,23 +37,32 @@ step() {
   times+=("$(printf '%4d s  %s' $((SECONDS - begin)) "$name")")
 }
 
+# A command with its name before each line, since it shares the log with others.
+named() {
+  local name=$1
+  shift
+  "$@" 2>&1 | sed -u "s/^/$name: /"
+}
+
 # The kernels, and beside them what later steps would wait for: Triton's and torch.compile's own compilers fill their caches.
 build() {
-  "$PYTHON" -m benchmarks.gpu_small_shapes --seconds 80 >"$OUT/gpu-warm-triton.log" 2>&1 &
-  timeout 100 "$PYTHON" -m benchmarks.gpu --only-compile >"$OUT/gpu-warm-compile.log" 2>&1 &
+  named triton timeout 90 "$PYTHON" -m benchmarks.gpu_small_shapes --seconds 80 &
+  named torch.compile timeout 100 "$PYTHON" -m benchmarks.gpu --only-compile &
   export LSC_KERNELS_BUILD=cuda
   cmake -S csrc -B build/gpu -G Ninja -DLSC_INPLACE=ON -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
     -DLSC_CUDA_ARCHITECTURES="$1-real" && cmake --build build/gpu
   local result=$?
+  echo "build: exit $result after $SECONDS s"
   wait
   return $result
 }
 
 tests() {
-  local workers=()
-  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+  local options=()
+  "$PYTHON" -c 'import xdist' 2>/dev/null && options+=(-n 8)
+  "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout 60 --timeout-method thread)
   # shellcheck disable=SC2046
-  "$PYTHON" -m pytest -q --tb=short "${workers[@]}" --seconds 120 -k "(cuda or gpu) and not emulat" \
+  "$PYTHON" -m pytest -v --tb=short "${options[@]}" --seconds 110 -k "(cuda or gpu) and not emulat" \
     tests/test_gpu.py $(scripts/kernel_tests.sh)
 }
 
@@ -58,25 +71,35 @@ sanitizer() {
   local tool running=() result=0
   for tool in memcheck racecheck; do
     # torch's own pool would hide a write beyond a tensor
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" -m benchmarks.gpu_small_shapes --seconds 45 >"$OUT/gpu-$tool.log" 2>&1 &
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 named "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$PYTHON" -m benchmarks.gpu_small_shapes --seconds 45 &
     running+=($!)
   done
-  wait "${running[0]}" || result=1
-  wait "${running[1]}" || result=1
-  for tool in memcheck racecheck; do echo "--- $tool"; tail -n 3 "$OUT/gpu-$tool.log"; done
+  for tool in "${running[@]}"; do wait "$tool" || result=1; done
   return $result
 }
 
-export -f build tests sanitizer
+# Again without what has ended the CUDA context, as long as there is time for it.
+benchmarks() {
+  local result resume=()
+  while (($1 > SECONDS + 15)); do
+    "$PYTHON" -m benchmarks.gpu --out "$OUT" --seconds $(($1 - SECONDS - 15)) "${resume[@]}"
+    result=$?
+    ((result == 75)) || return $result
+    resume=(--resume)
+  done
+  return 75
+}
+
+export -f named build tests sanitizer benchmarks
 export PYTHON OUT
 # the second column: seconds at most; the benchmarks have what the others leave
 LINES_SHOWN=12 step info 20 "$PYTHON" -m lsc_kernels.cli info
-step build 120 bash -c "build $capability"
-step tests 150 bash -c tests
-LINES_SHOWN=8 step sanitizer 90 bash -c sanitizer
+LINES_SHOWN=8 step build 150 bash -o pipefail -c 'build "$0"' "$capability"
+LINES_SHOWN=25 step tests 150 bash -o pipefail -c tests
+LINES_SHOWN=8 step sanitizer 90 bash -o pipefail -c sanitizer
 left=$((SECONDS_IN_ALL - SECONDS))
-LINES_SHOWN=60 step benchmarks "$left" "$PYTHON" -m benchmarks.gpu --seconds $((left - 15)) --out "$OUT"
+LINES_SHOWN=60 step benchmarks "$left" bash -o pipefail -c 'benchmarks "$0"' "$left"
 
 echo "=== summary"
 printf '%s\n' "${times[@]}"

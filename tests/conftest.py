@@ -72,6 +72,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no time left")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """An illegal access ends the CUDA context: pytest-xdist goes on with the tests after it in another process."""
+    done = yield
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    return done
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"inputs: LSC_TEST_SEED={SEED}"
 
