@@ -60,7 +60,7 @@ build() {
 tests() {
   local options=()
   "$PYTHON" -c 'import xdist' 2>/dev/null && options+=(-n 8)
-  "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout 60 --timeout-method thread)
+  "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout 90 --timeout-method thread)
   # shellcheck disable=SC2046
   "$PYTHON" -m pytest -v --tb=short "${options[@]}" --seconds 110 -k "(cuda or gpu) and not emulat" \
     tests/test_gpu.py $(scripts/kernel_tests.sh)

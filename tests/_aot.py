@@ -83,6 +83,9 @@ class Compiler:
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **meta: Any
     ) -> None:
         options = {"enable_fp_fusion": False, "num_warps": meta.pop("num_warps", 4)}
+        registers = meta.pop("maxnreg", None)
+        if self.target.startswith("sm_"):
+            options["maxnreg"] = registers  # None: as many as it likes
         values = {**dict(zip(kernel.arg_names, arguments, strict=False)), **meta}
         found = Specialized(kernel, values)
         key = repr(

@@ -306,7 +306,7 @@ def lane_totals(a, b, c, d):
 @triton.jit
 def _load(pointer, column, step, inside):
     offset = column if step is None else column.to(tl.int64) * step
-    return tl.load(pointer + offset, mask=inside, other=-INF).to(tl.float32)
+    return tl.load(pointer + offset, mask=inside, other=-INF)
 
 
 @triton.jit
@@ -379,8 +379,13 @@ def read_chunk(
         pending, rise = tl.full((), False, tl.int1), tl.full((), False, tl.int1)
         off_centre = tl.full((), False, tl.int1)
         start = begin
+        column = start + column_in_tile
+        raw_x, raw_y = (
+            _load(main, column, main_step, column < end),
+            _load(other, column, other_step, column < end),
+        )
         while (start < end) | pending:
-            if rise | (start >= end):  # no tile is held while sums are merged: this needs the registers
+            if rise | (start >= end):  # apart from the work on a tile: this needs the registers
                 part = _lanes_state(
                     S, D, A, H, W, WD, V, VH, m, other_m, centre, misses, temperature, REVERSE
                 )
@@ -392,9 +397,14 @@ def read_chunk(
                 limit = tl.full((), -INF, tl.float32)
                 pending, rise = tl.full((), False, tl.int1), tl.full((), False, tl.int1)
             else:
-                column = start + column_in_tile
+                # on its way while this tile is added up
+                column = start + ROWS * LANES + column_in_tile
                 inside = column < end
-                x, y = _load(main, column, main_step, inside), _load(other, column, other_step, inside)
+                next_x, next_y = (
+                    _load(main, column, main_step, inside),
+                    _load(other, column, other_step, inside),
+                )
+                x, y = raw_x.to(tl.float32), raw_y.to(tl.float32)
                 difference = x - y
                 e = rounded_away(x, y, difference)
                 c, c_low = two_floats(centre)
@@ -444,6 +454,7 @@ def read_chunk(
                         H += tl.sum(((w - wd) + excess) * from_m, 0)
                     pending = tl.full((), True, tl.int1)
                     start += ROWS * LANES
+                    raw_x, raw_y = next_x, next_y
         again = off_centre & (centred == 0)
         centre = row.centre
         centred = again
@@ -460,9 +471,13 @@ def read_chunk_alone(logits, step, begin, end, temperature, ROWS: tl.constexpr, 
     H = tl.zeros([LANES], tl.float32)
     m = tl.full((), 0.0, tl.float32)
     seen = tl.full((), False, tl.int1)
+    column = begin + column_in_tile
+    raw = _load(logits, column, step, column < end)
     for start in range(begin, end, ROWS * LANES):
-        column = start + column_in_tile
-        x = _load(logits, column, step, column < end)
+        x = raw.to(tl.float32)
+        # on its way while this tile is added up
+        column = start + ROWS * LANES + column_in_tile
+        raw = _load(logits, column, step, column < end)
         top = _top(x)
         if (seen == 0) | (top > m + jump):
             if top > -INF:

@@ -32,16 +32,31 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
+REGISTERS = 168
+"""Of a thread of the token ops forward, for logits of 16 bits: three programs then fit on a multiprocessor of NVIDIA's.
+
+Left to itself the assembler takes some 220, for two programs, each with its next tile on the way. That is enough
+where a tile has twice the bytes, in fp32. Held to these, it puts a few words aside, rarely used; more for full_reverse,
+which is not held.
+"""
+
+
 def tiles(vocabulary: int) -> Tiles:
     """By V alone, as the order of the additions is in the result.
 
     1024 lanes are 8 for each of 128 threads: a load of 16 bytes in bf16, two in fp32, and 32 registers of sums. A
-    second row of them takes a thread from 150 registers to 240, and two programs fit on a multiprocessor instead of
-    three. A vocabulary that fits in fewer lanes has fewer.
+    second row of them would leave no registers for a third program. A vocabulary that fits in fewer lanes has fewer.
     """
     if vocabulary <= 128:
         return Tiles(1, 128, 1)
     return Tiles(4 if interpreted() else 1, 1024, 4)  # the interpreter pays for tiles, not for registers
+
+
+def forward_options(logits: Tensor, kind: int | None) -> dict[str, int]:
+    """How the token ops read a row forward, as their kernel takes it."""
+    options = tiles(logits.shape[-1])._asdict()
+    held = logits.element_size() == 2 and kind != KINDS.index("full_reverse") and not torch.version.hip
+    return {**options, "maxnreg": REGISTERS} if held else options
 
 
 def backward_tile(vocabulary: int) -> int:
@@ -125,7 +140,7 @@ def forward_rows(
         forward_kernel, (actions.numel(), programs), policy.device, *model(policy), *model(ref),
         actions.contiguous(), dense(mask), dense(old_logprobs), *temperature_of(temperatures, temperature),
         states, arrivals, *outputs, policy.shape[1], vocabulary, *limits, kind, straight_through,
-        aligned(policy), aligned(ref), **tiles(vocabulary)._asdict(),
+        aligned(policy), aligned(ref), **forward_options(policy, kind),
     )  # fmt: skip
     return outputs
 
