@@ -6,13 +6,14 @@
 //
 // One exponential instead of two: where |delta| < 0.7 (nearly always, between a policy and its reference),
 // e^(y-m') = e^(m-m'-c) w e^(-delta), so the other model's sum falls out of S, A and D. The second exponential is
-// computed only in vectors that hold a larger |delta|; and where most do, the next tile is taken as far apart: both
-// exponentials for all of its lanes and no series. A tile that turns out not to be is passed over once more.
+// computed only in vectors that hold a larger |delta|. Where that was a quarter of a tile's, the next tile is taken
+// without the branch; where it was most, as far apart: both exponentials for all of its lanes and no series. A tile that
+// turns out not to be is passed over once more.
 //
 // A tile whose centre turns out to be far from its weighted mean (an outlier at the largest logit) would lose A and D to
 // cancellation: it is passed over once more, still in cache, about the mean.
 //
-// Bytes read: 2 n sizeof(T). Nothing is written. Sums are floats over 16 elements of a vector lane, doubles beyond; over 4,
+// Bytes read: 2 n sizeof(T). Nothing is written. Sums are floats over 16 elements of a vector lane, doubles beyond; over 8,
 // two by two, for S and S', where the largest logit's 1 would swallow more.
 #pragma once
 
@@ -28,6 +29,13 @@ namespace LSC_ISA {
 // Elements: 4 KB of each model, so that a tile and the next one being fetched leave room in a 32 KB cache.
 template <typename T>
 constexpr int kTile = 4096 / sizeof(T);
+
+// The `count` elements that follow p by one tile.
+template <typename T>
+inline void prefetch_next_tile(const T* p, int count) {
+  constexpr int kLine = 64 / sizeof(T);
+  for (int i = 0; i < count; i += kLine) __builtin_prefetch(p + kTile<T> + i, 0, 3);
+}
 
 template <typename T>
 inline float tile_max(const T* x, int n) {
@@ -74,48 +82,84 @@ inline int tile_find(const T* x, int n, float value) {
   return 0;
 }
 
-template <typename T>
-inline void prefetch(const T* p) {
-  __builtin_prefetch(p, 0, 3);
-}
-
 // About what a tile's sums are taken.
 struct Origin {
   float main_max, other_max;
   double centre;
 };
 
-// The sums of a block of vectors. kReverse: the other model is the policy, so the entropy is its.
+// A vector of columns: the logits, the main model's weights, the log ratios.
+struct Columns {
+  Vec x, y, w, delta;
+};
+
+// Of the columns with |delta| < 0.7, over a block of vectors. kReverse: the other model is the policy, so the entropy is its.
 template <bool kReverse>
-struct BlockSums {
-  Vec S{0.0f}, D{0.0f}, A{0.0f}, H{0.0f};  // lanes with |delta| < 0.7; H of all lanes, unless kReverse
-  Vec W{0.0f}, WD{0.0f}, V{0.0f}, VH{0.0f};  // the others: w, w delta, v, v (y - m')
-  int large_pairs = 0;  // of vectors
+struct SmallSums {
+  Vec D{0.0f}, A{0.0f}, H{0.0f};  // H of all columns, unless kReverse
+
+  // `square` is delta^2
+  void add(Vec w, Vec delta, Vec square, Vec from_other_max) {
+    const Vec remainder = square * expm1_remainder(delta);
+    D = fma(w, delta, D);
+    A = fma(w, remainder, A);
+    if constexpr (kReverse) H = fma(fma(w, remainder - delta, w), from_other_max, H);
+  }
+};
+
+// Of vectors with others among them, whose two exponentials are both computed.
+template <bool kReverse>
+struct LargeSums {
+  Vec W{0.0f}, WD{0.0f}, V{0.0f}, VH{0.0f};  // of the large columns: w, w delta, v, v (y - m')
+  Vec S{0.0f};                               // of the small ones beside them: w,
+  SmallSums<kReverse> beside;                // and the rest
+  int pairs = 0;                             // of vectors with large columns
   bool other_misses = false;
 
-  void add_small(Vec w, Vec delta, Vec from_other_max) {
-    const Vec wd = w * delta;
-    const Vec square = wd * delta, P = expm1_remainder(delta);
-    D = D + wd;
-    A = fma(square, P, A);
-    if constexpr (kReverse) H = fma(fma(square, P, w - wd), from_other_max, H);
+  void add_all(const Columns& a, const Columns& b, Vec other_max, const PowerScale& scale) {
+    const Mask none{};
+    W = W + (a.w + b.w);
+    V = V + (add<true>(a, none, other_max, scale) + add<true>(b, none, other_max, scale));
+    ++pairs;
   }
 
-  // Lanes whose two exponentials are both computed: all of them, or those that are not small.
+  __attribute__((always_inline)) void add_mixed(const Columns& a, const Columns& b, Vec other_max, const PowerScale& scale) {
+    const Vec zero(0.0f), limit(kSmallLogRatio);
+    const Mask small_a = abs(a.delta) < limit, small_b = abs(b.delta) < limit;
+    const auto add_small = [&](const Columns& c, Mask small, Vec w) {
+      const Vec delta = select(small, c.delta, zero);
+      // a weight of 0 and a logit of -inf would be NaN
+      beside.add(w, delta, delta * delta, max(Vec(scale.lowest), c.y - other_max));
+    };
+    const Vec w_a = select(small_a, a.w, zero), w_b = select(small_b, b.w, zero);
+    S = S + (w_a + w_b);
+    W = W + (select(small_a, zero, a.w) + select(small_b, zero, b.w));
+    add_small(a, small_a, w_a), add_small(b, small_b, w_b);
+    V = V + (add<false>(a, small_a, other_max, scale) + add<false>(b, small_b, other_max, scale));
+    pairs += !all(both(small_a, small_b));
+  }
+
+  // Out of the way of what most vectors need in registers.
+  __attribute__((noinline)) void add_rare(const Columns& a, const Columns& b, Vec other_max, const PowerScale& scale) {
+    add_mixed(a, b, other_max, scale);
+  }
+
+ private:
+  // Returns v.
   template <bool kAll>
-  void add_large(Vec x, Vec y, Vec w, Vec delta, Mask small, Vec other_max, const PowerScale& scale) {
+  Vec add(const Columns& c, Mask small, Vec other_max, const PowerScale& scale) {
     const Vec zero(0.0f);
-    Vec from_other_max = y - other_max;
+    Vec from_other_max = c.y - other_max, w = c.w, delta = c.delta;
     Vec v = exp_scaled(from_other_max, scale);
     const Mask finite = abs(delta) < Vec(INFINITY);
     if (!all(finite)) {
-      other_misses |= any(both(y == Vec(-INFINITY), Vec(-INFINITY) < x));
+      other_misses |= any(both(c.y == Vec(-INFINITY), Vec(-INFINITY) < c.x));
       delta = select(finite, delta, zero);
     }
     if constexpr (!kAll) w = select(small, zero, w), v = select(small, zero, v);
     WD = fma(w, delta, WD);
-    V = V + v;
     if constexpr (kReverse) VH = fma(v, from_other_max, VH);
+    return v;
   }
 };
 
@@ -132,23 +176,17 @@ struct Sums {
   int large_pairs = 0;
   bool other_misses = false;
 
-  void add_weights(BlockSums<kReverse>& block) {
-    S.add(block.S);
-    block.S = Vec(0.0f);
-    if (block.large_pairs) {
-      W.add(block.W), V.add(block.V);
-      block.W = block.V = Vec(0.0f);
-    }
+  // The weights so far, which then start again at 0.
+  void add_weights(LargeSums<kReverse>& large) {
+    S.add(large.S), W.add(large.W), V.add(large.V);
+    large.S = large.W = large.V = Vec(0.0f);
   }
-  void add(BlockSums<kReverse>& block) {
-    add_weights(block);
-    D.add(block.D), A.add(block.A), H.add(block.H);
-    if (block.large_pairs) {
-      WD.add(block.WD);
-      if constexpr (kReverse) VH.add(block.VH);
-      large_pairs += block.large_pairs;
-      other_misses |= block.other_misses;
-    }
+  void add(const SmallSums<kReverse>& small) { D.add(small.D), A.add(small.A), H.add(small.H); }
+  void add(const LargeSums<kReverse>& large) {
+    D.add(large.beside.D), A.add(large.beside.A), WD.add(large.WD);
+    if constexpr (kReverse) H.add(large.beside.H), VH.add(large.VH);
+    large_pairs += large.pairs;
+    other_misses |= large.other_misses;
   }
   // Of a tile that was added as far apart.
   void add_far(const Sums& tile) {
@@ -174,72 +212,95 @@ struct Sums {
 
 constexpr int kBlock = 16 * Vec::kLanes;
 
-// kPlain: temperature 1 and a centre of one float, which saves two instructions in forty. kFar: every lane as a large one.
+// How a tile's log ratios are taken from its logits.
+enum class Ratio {
+  exact,   // ((x - y) - c)/T with what x - y rounds away
+  direct,  // without it, which saves seven instructions of forty: see RowReader::centre_at
+};
+
+// Which of a tile's columns get two exponentials.
+enum class Two {
+  rare,   // the large ones of few vectors
+  mixed,  // of all vectors, the large ones; the others have the series too, and no branch decides
+  all,    // every column, and no series
+};
+
 // A function of its own, so that the compiler's appetite for inlining does not depend on how many variants there are.
-template <bool kReverse, bool kPlain, bool kFar, typename T>
+template <bool kReverse, Ratio kRatio, Two kTwo, typename T>
 __attribute__((noinline, flatten)) void add_tile(
     const T* x, const T* y, int n, const Origin& origin, const PowerScale& scale, float inverse_temperature, bool more,
     Sums<kReverse>& sums) {
   const float centre = float(origin.centre);
-  const Vec m(origin.main_max), m_other(origin.other_max), inverse(kPlain ? 1.0f : inverse_temperature);
-  const Vec c(centre), c_low(kPlain ? 0.0f : float(origin.centre - centre));
-  const Vec limit(kSmallLogRatio), zero(0.0f);
-  const auto add = [&](Vec x0, Vec y0, Vec x1, Vec y1, BlockSums<kReverse>& block) __attribute__((always_inline)) {
+  const Vec m(origin.main_max), m_other(origin.other_max), inverse(inverse_temperature);
+  const Vec c(centre), c_low(float(origin.centre - centre)), scaled_c(float(origin.centre * inverse_temperature));
+  const Vec limit(kSmallLogRatio * kSmallLogRatio);
+  const auto log_ratio = [&](Vec x0, Vec y0) __attribute__((always_inline)) {
+    if constexpr (kRatio == Ratio::direct) return fms(x0 - y0, inverse, scaled_c);
+    return centred_difference(x0, y0, c, c_low) * inverse;
+  };
+  // Returns w of the columns that `small` got.
+  const auto add = [&](Vec x0, Vec y0, Vec x1, Vec y1, SmallSums<kReverse>& small, LargeSums<kReverse>& large)
+                       __attribute__((always_inline)) {
     Vec u0 = x0 - m, u1 = x1 - m;
     const Vec w0 = exp_scaled(u0, scale), w1 = exp_scaled(u1, scale);
-    const Vec d0 = centred_difference(x0, y0, c, c_low) * inverse;
-    const Vec d1 = centred_difference(x1, y1, c, c_low) * inverse;
-    const Mask small0 = abs(d0) < limit, small1 = abs(d1) < limit;
+    const Vec d0 = log_ratio(x0, y0), d1 = log_ratio(x1, y1);
     if constexpr (!kReverse) {
-      block.H = fma(w0, u0, block.H);
-      block.H = fma(w1, u1, block.H);
+      small.H = fma(w0, u0, small.H);
+      small.H = fma(w1, u1, small.H);
     }
-    if constexpr (kFar) {
-      block.W = block.W + (w0 + w1);
-      block.template add_large<true>(x0, y0, w0, d0, small0, m_other, scale);
-      block.template add_large<true>(x1, y1, w1, d1, small1, m_other, scale);
-      ++block.large_pairs;
-    } else if (__builtin_expect(all(both(small0, small1)), 1)) {
-      block.S = block.S + (w0 + w1);
-      block.add_small(w0, d0, y0 - m_other);
-      block.add_small(w1, d1, y1 - m_other);
+    if constexpr (kTwo == Two::rare) {
+      const Vec square0 = d0 * d0, square1 = d1 * d1;
+      if (__builtin_expect(all(both(square0 < limit, square1 < limit)), 1)) {
+        small.add(w0, d0, square0, y0 - m_other);
+        small.add(w1, d1, square1, y1 - m_other);
+        return w0 + w1;
+      }
+      large.add_rare({x0, y0, w0, d0}, {x1, y1, w1, d1}, m_other, scale);
+    } else if constexpr (kTwo == Two::mixed) {
+      large.add_mixed({x0, y0, w0, d0}, {x1, y1, w1, d1}, m_other, scale);
     } else {
-      const Vec s0 = select(small0, w0, zero), s1 = select(small1, w1, zero);
-      block.S = block.S + (s0 + s1);
-      block.W = block.W + (select(small0, zero, w0) + select(small1, zero, w1));
-      // a weight of 0 and a logit of -inf would be NaN
-      block.add_small(s0, select(small0, d0, zero), max(Vec(scale.lowest), y0 - m_other));
-      block.add_small(s1, select(small1, d1, zero), max(Vec(scale.lowest), y1 - m_other));
-      block.template add_large<false>(x0, y0, w0, d0, small0, m_other, scale);
-      block.template add_large<false>(x1, y1, w1, d1, small1, m_other, scale);
-      ++block.large_pairs;
+      large.add_all({x0, y0, w0, d0}, {x1, y1, w1, d1}, m_other, scale);
     }
+    return Vec(0.0f);
   };
+  const auto gather_weights = [&](Vec weights, LargeSums<kReverse>& large) __attribute__((always_inline)) {
+    if constexpr (kTwo == Two::rare) sums.S.add(weights);
+    if (kTwo != Two::rare || large.pairs) sums.add_weights(large);
+  };
+  const auto gather = [&](const SmallSums<kReverse>& small, const LargeSums<kReverse>& large) __attribute__((always_inline)) {
+    sums.add(small);
+    if (kTwo != Two::rare || large.pairs) sums.add(large);
+  };
+  constexpr int kStep = 4 * Vec::kLanes;
   int first = 0;
   for (; first + kBlock <= n; first += kBlock) {
-    BlockSums<kReverse> block;
-    for (int i = first; i < first + kBlock; i += 4 * Vec::kLanes) {
-      const int half = i + 2 * Vec::kLanes;
-      if (more) prefetch(x + kTile<T> + i), prefetch(y + kTile<T> + i);
-      if (more) prefetch(x + kTile<T> + half), prefetch(y + kTile<T> + half);
-      Vec x0, x1, y0, y1;
-      load_two(x + i, x0, x1), load_two(y + i, y0, y1);
-      add(x0, y0, x1, y1, block);
-      load_two(x + half, x0, x1), load_two(y + half, y0, y1);
-      add(x0, y0, x1, y1, block);
-      sums.add_weights(block);
+    SmallSums<kReverse> small;
+    LargeSums<kReverse> large;
+    for (int i = first; i < first + kBlock;) {
+      Vec weights(0.0f);
+      for (const int end = i + 2 * kStep; i < end; i += kStep) {
+        const int half = i + kStep / 2;
+        if (more) prefetch_next_tile(x + i, kStep), prefetch_next_tile(y + i, kStep);
+        Vec x0, x1, y0, y1;
+        load_two(x + i, x0, x1), load_two(y + i, y0, y1);
+        const Vec two = add(x0, y0, x1, y1, small, large);
+        load_two(x + half, x0, x1), load_two(y + half, y0, y1);
+        weights = weights + (two + add(x0, y0, x1, y1, small, large));
+      }
+      gather_weights(weights, large);
     }
-    sums.add(block);
+    gather(small, large);
   }
   if (first == n) return;
-  BlockSums<kReverse> block;
+  SmallSums<kReverse> small;
+  LargeSums<kReverse> large;
   for (int i = first; i < n; i += Vec::kLanes) {
     const int left = n - i < Vec::kLanes ? n - i : Vec::kLanes;
     const Vec none(-INFINITY);
-    add(load_first(x + i, left, -INFINITY), load_first(y + i, left, -INFINITY), none, none, block);
-    sums.add_weights(block);
+    const Vec weights = add(load_first(x + i, left, -INFINITY), load_first(y + i, left, -INFINITY), none, none, small, large);
+    gather_weights(weights, large);
   }
-  sums.add(block);
+  gather(small, large);
 }
 
 // x is the main model, y the other; kReverse: the policy is the other.
@@ -263,10 +324,12 @@ class RowReader {
       other_seen_ = true;
     }
     pending_ = true;
-    if (far_ && add_far(x, y, n, more)) return;
+    if (two_ == Two::all && add_far(x, y, n, more)) return;
     const int before = sums_.large_pairs;
-    add_about<false>(x, y, n, more, origin_, sums_);
-    far_ = (sums_.large_pairs - before) * (4 * Vec::kLanes) > n;
+    two_ == Two::rare ? add_about<Two::rare>(x, y, n, more, origin_, ratio_, sums_)
+                      : add_about<Two::mixed>(x, y, n, more, origin_, ratio_, sums_);
+    const int large = (sums_.large_pairs - before) * (2 * Vec::kLanes);
+    two_ = 4 * large < n ? Two::rare : 2 * large < n || far_tries_ == 0 ? Two::mixed : Two::all;
   }
 
   // Of all tiles so far.
@@ -280,7 +343,7 @@ class RowReader {
   void absorb() {
     if (!pending_) return;
     merge(row_, sums_.state(origin_, temperature_), temperature_, kReverse);
-    origin_.centre = centre_near(row_);
+    centre_at(row_.centre);
     sums_ = Sums<kReverse>();
     pending_ = false;
   }
@@ -296,27 +359,27 @@ class RowReader {
     return true;
   }
 
-  // The row's centre, in one float where the spread of the log ratios leaves room for its rounding.
-  double centre_near(const RowState<double>& row) const {
-    const double rounded = float(row.centre), error = (rounded - row.centre) / temperature_;
-    return error * error * row.S <= row.A / 8 ? rounded : row.centre;
+  // What x - y rounds away, 2^-24 |x - y| at most, is nothing beside the log ratios where the centre is small beside their
+  // spread, or not much larger. The same is true of the rounding of the centre, in units of T as it is subtracted.
+  void centre_at(double centre) {
+    constexpr double many = 64;
+    const double nats = centre / temperature_;
+    ratio_ = nats * nats * row_.S <= many * std::fmin(row_.A, row_.S) ? Ratio::direct : Ratio::exact;
+    origin_.centre = ratio_ == Ratio::direct ? double(float(centre * inverse_temperature_)) / inverse_temperature_ : centre;
   }
 
-  template <bool kFar, typename T>
-  void add_about(const T* x, const T* y, int n, bool more, const Origin& origin, Sums<kReverse>& sums) const {
-    if (temperature_ == 1 && float(origin.centre) == origin.centre) {
-      add_tile<kReverse, true, kFar>(x, y, n, origin, scale_, inverse_temperature_, more, sums);
-    } else {
-      add_tile<kReverse, false, kFar>(x, y, n, origin, scale_, inverse_temperature_, more, sums);
-    }
+  template <Two kTwo, typename T>
+  void add_about(const T* x, const T* y, int n, bool more, const Origin& origin, Ratio ratio, Sums<kReverse>& sums) const {
+    const auto add = ratio == Ratio::direct ? add_tile<kReverse, Ratio::direct, kTwo, T> : add_tile<kReverse, Ratio::exact, kTwo, T>;
+    add(x, y, n, origin, scale_, inverse_temperature_, more, sums);
   }
 
   // False, and nothing added, where the tile is not far apart.
   template <typename T>
   bool add_far(const T* x, const T* y, int n, bool more) {
     Sums<kReverse> tile;
-    add_about<true>(x, y, n, more, origin_, tile);
-    if (!apart(tile.W.total(), tile.WD.total(), tile.V.total(), origin_, temperature_)) return false;
+    add_about<Two::all>(x, y, n, more, origin_, ratio_, tile);
+    if (!apart(tile.W.total(), tile.WD.total(), tile.V.total(), origin_, temperature_)) return --far_tries_, false;
     sums_.add_far(tile);
     return true;
   }
@@ -324,7 +387,7 @@ class RowReader {
   template <typename T>
   RowState<double> sums_about(const T* x, const T* y, int n, bool more, const Origin& origin) const {
     Sums<kReverse> sums;
-    add_about<false>(x, y, n, more, origin, sums);
+    add_about<Two::rare>(x, y, n, more, origin, Ratio::exact, sums);
     return sums.state(origin, temperature_);
   }
 
@@ -339,9 +402,10 @@ class RowReader {
     origin.other_max = other_max > -INFINITY ? other_max : float(origin.main_max - origin.centre);
     RowState<double> tile = sums_about(x, y, n, more, origin);
     const double mean = tile.D / tile.S;
-    far_ = apart(tile.S, tile.D, tile.other_S, origin, temperature_) && std::fabs(mean) < kFarthestMean;
+    const bool far = apart(tile.S, tile.D, tile.other_S, origin, temperature_) && std::fabs(mean) < kFarthestMean;
+    if (far) two_ = Two::all;
     // the centre is an outlier to most of the tile, E[delta]^2 > 3/4 E[delta^2], or far from it
-    if (!far_ && (tile.D * mean > 1.5 * tile.A || std::fabs(mean) > kSmallLogRatio)) {
+    if (!far && (tile.D * mean > 1.5 * tile.A || std::fabs(mean) > kSmallLogRatio)) {
       Origin about_mean = origin;
       about_mean.centre += temperature_ * mean;
       const RowState<double> again = sums_about(x, y, n, false, about_mean);
@@ -356,7 +420,8 @@ class RowReader {
       started_ = true;
     }
     main_seen_ |= main_max > -INFINITY, other_seen_ |= other_max > -INFINITY;
-    origin_ = {float(row_.main_max), float(row_.other_max), centre_near(row_)};
+    origin_.main_max = float(row_.main_max), origin_.other_max = float(row_.other_max);
+    centre_at(row_.centre);
   }
 
   double temperature_;
@@ -364,9 +429,11 @@ class RowReader {
   PowerScale scale_;
   RowState<double> row_;
   Origin origin_{};
+  Ratio ratio_ = Ratio::exact;
   Sums<kReverse> sums_;
   bool started_ = false, pending_ = false;
-  bool far_ = false;  // most of the last tile was large
+  Two two_ = Two::rare;  // what the last tile would have needed
+  int far_tries_ = 2;    // how often more a tile may turn out not to be apart
   bool main_seen_ = false, other_seen_ = false;  // a logit above -inf
 };
 
@@ -384,27 +451,33 @@ class LogprobReader {
       seen_ = largest > -INFINITY;
     }
     const Vec m(max_);
-    const auto add = [&](Vec x0, Vec& S, Vec& H) __attribute__((always_inline)) {
+    const auto add = [&](Vec x0, Vec& H) __attribute__((always_inline)) {
       Vec u = x0 - m;
       const Vec w = exp_scaled(u, scale_);
-      S = S + w;
       H = fma(w, u, H);
+      return w;
     };
-    int i = 0;
-    for (; i + 4 * Vec::kLanes <= n; i += 4 * Vec::kLanes) {
-      const int half = i + 2 * Vec::kLanes;
-      if (more) prefetch(x + kTile<T> + i), prefetch(x + kTile<T> + half);
-      Vec S0(0.0f), S1(0.0f), H0(0.0f), H1(0.0f), x0, x1;
-      load_two(x + i, x0, x1);
-      add(x0, S0, H0), add(x1, S1, H1);
-      load_two(x + half, x0, x1);
-      add(x0, S0, H0), add(x1, S1, H1);
-      S_.add(S0), S_.add(S1), H_.add(H0), H_.add(H1);
+    constexpr int kStep = 4 * Vec::kLanes;
+    int first = 0;
+    for (; first + kBlock <= n; first += kBlock) {
+      Vec H0(0.0f), H1(0.0f);
+      for (int i = first; i < first + kBlock;) {
+        Vec weights(0.0f);
+        for (const int end = i + 2 * kStep; i < end; i += kStep) {
+          if (more) prefetch_next_tile(x + i, kStep);
+          Vec x0, x1, x2, x3;
+          load_two(x + i, x0, x1), load_two(x + i + kStep / 2, x2, x3);
+          const Vec w0 = add(x0, H0), w1 = add(x1, H1), w2 = add(x2, H0), w3 = add(x3, H1);
+          weights = weights + ((w0 + w1) + (w2 + w3));
+        }
+        S_.add(weights);
+      }
+      H_.add(H0 + H1);
     }
-    for (; i < n; i += Vec::kLanes) {
-      Vec S(0.0f), H(0.0f);
-      add(load_first(x + i, n - i < Vec::kLanes ? n - i : Vec::kLanes, -INFINITY), S, H);
-      S_.add(S), H_.add(H);
+    for (int i = first; i < n; i += Vec::kLanes) {
+      Vec H(0.0f);
+      S_.add(add(load_first(x + i, n - i < Vec::kLanes ? n - i : Vec::kLanes, -INFINITY), H));
+      H_.add(H);
     }
   }
 

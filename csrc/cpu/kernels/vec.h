@@ -50,6 +50,7 @@ inline float max_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
 // a * 2^n for whole n in [kExp2Floor, 0]; 0 at kExp2Floor
 constexpr float kExp2Floor = -160.0f;
 inline Vec scale2(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
+inline Vec low_bits_to_exponent(Vec a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23)); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const BFloat16* p) {
@@ -148,6 +149,7 @@ inline Vec scale2(Vec a, Vec n) {
   const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
   return _mm256_mul_ps(a.v, power);
 }
+inline Vec low_bits_to_exponent(Vec a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23)); }
 inline float sum(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -252,6 +254,7 @@ inline Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
 inline Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
 inline Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return Vec(a.v * b.v + c.v); }
+inline Vec fms(Vec a, Vec b, Vec c) { return Vec(a.v * b.v - c.v); }
 inline Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
 inline Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
 inline Mask both(Mask a, Mask b) { return {a.v & b.v}; }
@@ -269,6 +272,7 @@ constexpr float kExp2Floor = -127.0f;
 inline Vec scale2(Vec a, Vec n) {
   return Vec(a.v * Float4((__builtin_convertvector(n.v, Int4) + 127) << 23));
 }
+inline Vec low_bits_to_exponent(Vec a) { return Vec(Float4((Int4)a.v << 23)); }
 inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float max_lane(Vec a) {
   float largest = a.v[0];
@@ -333,7 +337,7 @@ struct PowerScale {
     const double ln2 = 0.69314718055994530942 * temperature;
     factor = float(1.4426950408889634074 / temperature);
     step = bits_to_float(float_to_bits(float(ln2)) & 0xfffff000u), step_low = float(ln2 - step);
-    lowest = float(kExp2Floor * ln2);
+    lowest = float(-127 * ln2);
   }
 };
 
@@ -350,14 +354,16 @@ inline Vec reduced(Vec u, Vec n, const PowerScale& scale) {
 // log2(e)/T makes of u: u log2(e)/T = n + f with n whole and |f| <= 1/2, and 2^f = 1 + f g(f) with g a minimax polynomial
 // of degree 4 (9e-8). `u` comes back limited to where the power is not 0, so that power * u is never 0 * inf.
 inline Vec exp_scaled(Vec& u, const PowerScale& scale) {
+  // a float of this size has no bits below 1, so adding it rounds; its own lowest bits are then n + 127, the exponent of 2^n
+  const Vec shift(0x1.8p23f + 127);
   u = max(Vec(scale.lowest), u);
-  const Vec n = round(u * Vec(scale.factor));
-  const Vec f = reduced(u, n, scale);
+  const Vec shifted = fma(u, Vec(scale.factor), shift);
+  const Vec f = reduced(u, shifted - shift, scale);
   Vec g = fma(Vec(0x1.5bba0ep-10f), f, Vec(0x1.3cea88p-7f));
   g = fma(g, f, Vec(0x1.c6b752p-5f));
   g = fma(g, f, Vec(0x1.ebf9bcp-3f));
   g = fma(g, f, Vec(0x1.62e42ap-1f));
-  return scale2(fma(g, f, Vec(1.0f)), n);
+  return fma(g, f, Vec(1.0f)) * low_bits_to_exponent(shifted);
 }
 
 }  // namespace LSC_ISA
