@@ -61,6 +61,16 @@ def _steps(a: Tensor, b: Tensor) -> Pair:
     ) + 1e-2 * b
 
 
+def _spreading(shift: float) -> Callable[[Tensor, Tensor], Pair]:
+    """Alike at the row's ends, farther and farther apart towards its middle, and a shift between the two models."""
+
+    def pair(a: Tensor, b: Tensor) -> Pair:
+        size = 2 * torch.linspace(-1.3, 1.3, a.shape[-1]).cos() ** 4 + 0.02
+        return 3 * a, 3 * a + size * b + shift
+
+    return pair
+
+
 def _disjoint(a: Tensor, b: Tensor) -> Pair:
     """Policy and reference put their mass where the other has none, by more than 100 nats."""
     first_half = torch.arange(a.shape[-1]) < (a.shape[-1] + 1) // 2
@@ -91,6 +101,7 @@ def _spike(ref_spike: float) -> Callable[[Tensor, Tensor], Pair]:
 REGIMES: dict[str, Callable[[Tensor, Tensor], Pair]] = {
     "independent": lambda a, b: (3 * a, 3 * b),
     "near_1": _near(1.0),
+    "near_4e-1": _near(0.4),
     "near_1e-1": _near(1e-1),
     "near_1e-2": _near(1e-2),
     "near_1e-3": _near(1e-3),
@@ -105,6 +116,9 @@ REGIMES: dict[str, Callable[[Tensor, Tensor], Pair]] = {
     "shift_ref_777": _shift(0.0, 777.0, 1e-3),
     "shift_ref_-1e4": _shift(0.0, -1e4, 1e-1),
     "shift_apart_1e4": _shift(-1e4, 1e4, 1e-1),
+    "shift_ref_0.4": _shift(0.0, 0.4, 0.1),
+    "spreading": _spreading(0.0),
+    "spreading_shift": _spreading(2.0),
     "outlier_at_largest": _outlier_at_largest(-4.0),
     "outlier_at_largest_small": _outlier_at_largest(0.05),
     "outlier_at_largest_40": _outlier_at_largest(-40.0),

@@ -329,7 +329,7 @@ class RowReader {
     two_ == Two::rare ? add_about<Two::rare>(x, y, n, more, origin_, ratio_, sums_)
                       : add_about<Two::mixed>(x, y, n, more, origin_, ratio_, sums_);
     const int large = (sums_.large_pairs - before) * (2 * Vec::kLanes);
-    two_ = 4 * large < n ? Two::rare : 2 * large < n || far_tries_ == 0 ? Two::mixed : Two::all;
+    two_ = 4 * large < n ? Two::rare : 2 * large < n || far_tries_ <= 0 ? Two::mixed : Two::all;
   }
 
   // Of all tiles so far.
