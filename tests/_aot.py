@@ -160,7 +160,7 @@ def launch_everything(dtype: torch.dtype, kinds: tuple[str, ...]) -> None:
     for reduction in ("none", "mean"):
         pairs = (scores, scores, weights.expand(scores.shape), 0.1, reduction)
         modules["bradley_terry_loss"].forward(*pairs)
-        modules["bradley_terry_loss"].backward(scores.float(), *pairs, True)
+        modules["bradley_terry_loss"].backward(scores.float(), *pairs, True, True, True)
     head = (None, mask, None, None, False)
     modules["reward_head"].forward(hidden, weight, bias, *head[1:])
     modules["reward_head"].backward(scores.float(), hidden, weight, *head[1:], True, True, True)

@@ -213,7 +213,7 @@ def test_opcheck(generator: Generator) -> None:
             upstream = torch.randn(5) if reduction == 0 else torch.tensor(2.0)
             arguments = (chosen.half(), rejected.half(), *options, reduction)
             torch.library.opcheck(ops.bradley_terry_loss_forward, arguments)
-            torch.library.opcheck(ops.bradley_terry_loss_backward, (upstream, *arguments, True))
+            torch.library.opcheck(ops.bradley_terry_loss_backward, (upstream, *arguments, True, reduction == 0, True))
 
 
 S = torch.zeros(2, 3)

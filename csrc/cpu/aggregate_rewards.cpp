@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/aggregate_tensors.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 
@@ -34,7 +35,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     bool want_weights) {
   const AggregateTensors inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights,
                                 ignore_missing, program);
-  const Tensor upstream = dense(grad);
+  const UpstreamTensor upstream(grad);
   const Tensor to_scores = empty_large(inputs.scores.sizes(), scores.scalar_type());
   const Tensor to_reference = wanted_like(want_reference, inputs.scores);
   const Tensor to_scale = wanted_like(want_scale, inputs.scores);
@@ -43,7 +44,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                                want_scale ? floats(to_scale) : nullptr, want_weights ? floats(to_weights) : nullptr};
   auto* kernel = LSC_DISPATCH_ISA(aggregate_backward);
   torch::stable::parallel_for(0, inputs.rows, rows_per_task(inputs.kernel.columns), [&](int64_t begin, int64_t end) {
-    kernel(inputs.kernel, inputs.how, floats(upstream), out, begin, end);
+    kernel(inputs.kernel, inputs.how, upstream.kernel, out, begin, end);
   });
   return {to_scores, to_reference, to_scale, to_weights};
 }

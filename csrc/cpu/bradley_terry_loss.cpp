@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/bradley_terry_loss.h"
 #include "cpu/transform_operands.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 
@@ -55,18 +56,19 @@ static Tensor forward(
 
 static std::tuple<Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor chosen, Tensor rejected, std::optional<Tensor> margin, double margin_number, double center,
-    int64_t reduction, bool want_margin) {
+    int64_t reduction, bool want_chosen, bool want_rejected, bool want_margin) {
   const Pairs pairs(chosen, rejected, margin, margin_number, center);
-  const Tensor upstream = dense(grad);
+  const UpstreamTensor upstream(grad);
   const bool each = Reduction(reduction) == Reduction::none;
-  const double factor = each ? 1.0 : double(*floats(upstream)) * pairs.scale(reduction);
-  const Tensor to_chosen = empty_large(pairs.chosen.sizes(), chosen.scalar_type());
-  const Tensor to_rejected = empty_large(pairs.chosen.sizes(), rejected.scalar_type());
+  const double factor = each ? 1.0 : double(*upstream.kernel.data) * pairs.scale(reduction);
+  const Tensor to_chosen = want_chosen ? empty_large(pairs.chosen.sizes(), chosen.scalar_type()) : nothing(chosen.scalar_type());
+  const Tensor to_rejected = want_rejected ? empty_large(pairs.chosen.sizes(), rejected.scalar_type()) : nothing(rejected.scalar_type());
   const Tensor to_margin = wanted_like(want_margin, pairs.chosen);
-  const PairGradients out{to_chosen.data_ptr(), to_rejected.data_ptr(), want_margin ? floats(to_margin) : nullptr};
+  const PairGradients out{want_chosen ? to_chosen.data_ptr() : nullptr, want_rejected ? to_rejected.data_ptr() : nullptr,
+                          want_margin ? floats(to_margin) : nullptr};
   auto* kernel = LSC_DISPATCH_ISA(bradley_terry_backward);
   torch::stable::parallel_for(0, pairs.chosen.numel(), kPairsPerTask, [&](int64_t begin, int64_t end) {
-    kernel(pairs.kernel, each ? floats(upstream) : nullptr, factor, out, begin, end);
+    kernel(pairs.kernel, each ? upstream.kernel : Upstream{}, factor, out, begin, end);
   });
   return {to_chosen, to_rejected, to_margin};
 }
@@ -75,7 +77,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
   m.def("bradley_terry_loss_forward(Tensor chosen, Tensor rejected, Tensor? margin, float margin_number, float center,"
         " int reduction) -> Tensor");
   m.def("bradley_terry_loss_backward(Tensor grad, Tensor chosen, Tensor rejected, Tensor? margin, float margin_number,"
-        " float center, int reduction, bool want_margin) -> (Tensor, Tensor, Tensor)");
+        " float center, int reduction, bool want_chosen, bool want_rejected, bool want_margin) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lsc_kernels, CPU, m) {

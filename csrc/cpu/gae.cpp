@@ -7,6 +7,7 @@
 #include "cpu/segments.h"
 #include "cpu/tensors.h"
 #include "tensors/mask.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 
@@ -59,13 +60,13 @@ static std::tuple<Tensor, Tensor> forward(
 static std::tuple<Tensor, Tensor, Tensor> backward(
     std::optional<Tensor> to_advantages, std::optional<Tensor> to_returns, std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
     std::optional<Tensor> bootstrap, double gamma, double lam, int64_t holes, bool want_values) {
-  const std::optional<Tensor> advantages = dense(to_advantages), returns = dense(to_returns);
-  const Tensor& given = advantages ? *advantages : *returns;
+  const auto advantages = upstream_of(to_advantages), returns = upstream_of(to_returns);
+  const Tensor& given = to_advantages ? *to_advantages : *to_returns;
   const Sequences sequences(given, mask, cu_seqlens);
   const Tensor to_rewards = empty_large(given.sizes(), torch::headeronly::ScalarType::Float);
   const Tensor to_values = want_values ? empty_large(given.sizes(), torch::headeronly::ScalarType::Float) : nothing();
   const Tensor to_bootstrap = bootstrap ? empty(bootstrap->sizes(), torch::headeronly::ScalarType::Float) : nothing();
-  const GaeUpstream upstream{data_or_null<float>(advantages), data_or_null<float>(returns)};
+  const GaeUpstream upstream{upstream_or_none(advantages), upstream_or_none(returns)};
   const GaeGradients out{floats(to_rewards), want_values ? floats(to_values) : nullptr, bootstrap ? floats(to_bootstrap) : nullptr};
   auto* kernel = LSC_DISPATCH_ISA(gae_backward);
   sequences.for_each([&](int64_t begin, int64_t end) {

@@ -6,6 +6,7 @@
 #include "cpu/kernels/kl_from_logprobs.h"
 #include "cpu/tensors.h"
 #include "tensors/kl.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 
@@ -18,9 +19,10 @@ static Tensor kl_from_logprobs_forward(
   const auto counted = dense(mask), old = dense(old_logprobs);
   const KLArguments options = kl_arguments(kind, straight_through, log_ratio_clamp, kl_clamp, old);
   const Tensor kl = empty_large(policy.sizes(), torch::headeronly::ScalarType::Float);
+  const LogprobInputs in{floats(policy), floats(ref), data_or_null<bool>(counted), options};
   auto* forward = LSC_DISPATCH_ISA(kl_forward);
   torch::stable::parallel_for(0, kl.numel(), kTokensPerTask, [&](int64_t begin, int64_t end) {
-    forward(floats(policy), floats(ref), data_or_null<bool>(counted), options, floats(kl), begin, end);
+    forward(in, {floats(kl), nullptr, nullptr}, begin, end);
   });
   return kl;
 }
@@ -28,17 +30,19 @@ static Tensor kl_from_logprobs_forward(
 static std::tuple<Tensor, Tensor> kl_from_logprobs_backward(
     Tensor grad, Tensor logprobs, Tensor ref_logprobs, std::optional<Tensor> mask, std::optional<Tensor> old_logprobs,
     int64_t kind, bool straight_through, Clamp log_ratio_clamp, Clamp kl_clamp, bool want_logprobs, bool want_ref) {
-  const Tensor upstream = dense(grad), policy = dense(logprobs), ref = dense(ref_logprobs);
+  const UpstreamTensor upstream(grad);
+  const Tensor policy = dense(logprobs), ref = dense(ref_logprobs);
   const auto counted = dense(mask), old = dense(old_logprobs);
   const KLArguments options = kl_arguments(kind, straight_through, log_ratio_clamp, kl_clamp, old);
   const auto gradient = [&](bool wanted) {
     return wanted ? empty_large(policy.sizes(), torch::headeronly::ScalarType::Float) : nothing();
   };
   const Tensor to_logprobs = gradient(want_logprobs), to_ref = gradient(want_ref);
+  const LogprobInputs in{floats(policy), floats(ref), data_or_null<bool>(counted), options};
+  const LogprobGradients out{want_logprobs ? floats(to_logprobs) : nullptr, want_ref ? floats(to_ref) : nullptr};
   auto* backward = LSC_DISPATCH_ISA(kl_backward);
-  torch::stable::parallel_for(0, upstream.numel(), kTokensPerTask, [&](int64_t begin, int64_t end) {
-    backward(floats(upstream), floats(policy), floats(ref), data_or_null<bool>(counted), options,
-             want_logprobs ? floats(to_logprobs) : nullptr, want_ref ? floats(to_ref) : nullptr, begin, end);
+  torch::stable::parallel_for(0, policy.numel(), kTokensPerTask, [&](int64_t begin, int64_t end) {
+    backward(in, upstream.kernel, out, begin, end);
   });
   return {to_logprobs, to_ref};
 }

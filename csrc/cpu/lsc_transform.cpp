@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/lsc_transform.h"
 #include "cpu/transform_operands.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 
@@ -48,7 +49,7 @@ static std::tuple<Tensor, Tensor, Tensor> backward(
     std::optional<Tensor> scale, double scale_number, std::optional<Tensor> floor, double floor_number,
     bool want_reference, bool want_scale) {
   const Inputs inputs(reward, reference_reward, reference_number, scale, scale_number, floor, floor_number);
-  const Tensor upstream = dense(grad);
+  const UpstreamTensor upstream(grad);
   const Tensor to_reward = empty_large(inputs.reward.sizes(), reward.scalar_type());
   const Tensor to_reference = wanted_like(want_reference, inputs.reward);
   const Tensor to_scale = wanted_like(want_scale, inputs.reward);
@@ -56,7 +57,7 @@ static std::tuple<Tensor, Tensor, Tensor> backward(
                                want_scale ? floats(to_scale) : nullptr, nullptr};
   auto* kernel = LSC_DISPATCH_ISA(lsc_transform_backward);
   torch::stable::parallel_for(0, inputs.rows, rows_per_task(inputs.kernel.columns), [&](int64_t begin, int64_t end) {
-    kernel(inputs.kernel, floats(upstream), out, begin, end);
+    kernel(inputs.kernel, upstream.kernel, out, begin, end);
   });
   return {to_reward, to_reference, to_scale};
 }

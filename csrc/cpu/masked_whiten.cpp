@@ -8,6 +8,7 @@
 #include "math/whitening.h"
 #include "cpu/tensors.h"
 #include "tensors/mask.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 
@@ -83,11 +84,12 @@ static Tensor forward(Tensor x, std::optional<Tensor> mask, Tensor given_moments
 
 static Tensor sums(Tensor grad, Tensor x, std::optional<Tensor> mask, Tensor given_moments) {
   const Elements elements(x, mask);
-  const Tensor upstream = dense(grad), held = dense(given_moments);
+  const UpstreamTensor upstream(grad);
+  const Tensor held = dense(given_moments);
   const double mean = moments_in(held).mean;
   auto* kernel = LSC_DISPATCH_ISA(whiten_gradient_sums);
   const std::vector<GradientSums> parts = elements.blocks<GradientSums>(
-      kPerTask, [&](int64_t begin, int64_t end) { return kernel(elements.kernel, floats(upstream), mean, begin, end); });
+      kPerTask, [&](int64_t begin, int64_t end) { return kernel(elements.kernel, upstream.kernel, mean, begin, end); });
   GradientSums all{0, 0};
   for (const GradientSums& part : parts) all.sum += part.sum, all.along += part.along;
   return doubles({all.sum, all.along});
@@ -97,13 +99,14 @@ static Tensor backward(
     Tensor grad, Tensor x, std::optional<Tensor> mask, Tensor given_moments, Tensor given_sums, bool shift_mean, double eps,
     int64_t correction) {
   const Elements elements(x, mask);
-  const Tensor upstream = dense(grad), held = dense(given_moments), held_sums = dense(given_sums);
+  const UpstreamTensor upstream(grad);
+  const Tensor held = dense(given_moments), held_sums = dense(given_sums);
   const auto* total = static_cast<const double*>(held_sums.data_ptr());
   const WhiteningGradient rule = whitening_gradient_of(moments_in(held), {total[0], total[1]}, shift_mean, eps, correction);
   const Tensor out = empty_large(elements.x.sizes(), elements.x.scalar_type());
   auto* kernel = LSC_DISPATCH_ISA(whiten_backward);
   torch::stable::parallel_for(0, elements.x.numel(), kPerTask, [&](int64_t begin, int64_t end) {
-    kernel(elements.kernel, floats(upstream), rule, out.data_ptr(), begin, end);
+    kernel(elements.kernel, upstream.kernel, rule, out.data_ptr(), begin, end);
   });
   return out;
 }

@@ -60,14 +60,10 @@ void over_tokens(int64_t batch, int64_t length, int64_t per_task, Sequences& seq
 
 constexpr int64_t kLogprobsPerTask = 2048;
 
-// Elements [begin, end), 0 where they do not count.
-void copy_counted(const float* from, const bool* counted, float* to, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) to[i] = counted && !counted[i] ? 0.0f : from[i];
-}
-
 // [B, T] bool, or nothing where all tokens count.
 std::optional<Tensor> counted_of(const std::optional<Tensor>& mask, const std::optional<Tensor>& actions, Sizes sizes) {
   if (!mask && !actions) return std::nullopt;
+  if (!actions && mask->scalar_type() == torch::headeronly::ScalarType::Bool) return dense(mask);
   const Tensor counted = empty(sizes, torch::headeronly::ScalarType::Bool);
   const MaskRows rows = mask_rows(mask);
   const int64_t length = sizes[1], per_task = std::max<int64_t>(1, kTokensPerTask / std::max<int64_t>(1, length));
@@ -107,13 +103,13 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
   }
   const AggregateTensors aggregation(given_scores ? *given_scores : scores, reference_reward, reference_number, scale,
                                      scale_number, floor, floor_number, weights, ignore_missing, program);
-  const Tensor utility = empty(per_sequence, kFloat), kl = empty(per_token, kFloat), rewards = empty(per_token, kFloat);
+  const Tensor utility = empty(per_sequence, kFloat), kl = empty_large(per_token, kFloat), rewards = empty_large(per_token, kFloat);
   const RewardTensors placing(utility, kl, counted, index, dense_rewards, beta, placement, clip_low, clip_high);
   Sequences sequences{head, aggregation, placing, floats(scores), floats(utility), floats(rewards)};
   const auto old = dense_floats(old_logprobs);
   const KLArguments options = kl_arguments(kind, straight_through, log_ratio_clamp, kl_clamp, old);
 
-  const Tensor logprobs = empty(per_token, kFloat), ref_logprobs = empty(per_token, kFloat);
+  const Tensor logprobs = empty_large(per_token, kFloat), ref_logprobs = empty_large(per_token, kFloat);
   Tensor entropy = nothing(), saved = nothing();
   if (actions) {
     const TokenTensors tensors(policy, ref, *actions, counted, temperatures, temperature);
@@ -132,11 +128,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
   } else {
     const Tensor policy_logprobs = *dense_floats(policy), reference = *dense_floats(ref);
     auto* estimate = LSC_DISPATCH_ISA(kl_forward);
+    const LogprobInputs in{floats(policy_logprobs), floats(reference), data_or_null<bool>(counted), options};
+    const LogprobOutputs out{floats(kl), floats(logprobs), floats(ref_logprobs)};
     over_tokens(sizes[0], sizes[1], kLogprobsPerTask, sequences, [&](int64_t begin, int64_t end) {
-      const bool* counts = data_or_null<bool>(counted);
-      estimate(floats(policy_logprobs), floats(reference), counts, options, floats(kl), begin, end);
-      copy_counted(floats(policy_logprobs), counts, floats(logprobs), begin, end);
-      copy_counted(floats(reference), counts, floats(ref_logprobs), begin, end);
+      estimate(in, out, begin, end);
     });
   }
   if (sequences.outside >= 0) index_is_outside(placing.kernel, "placement_index", sequences.outside);

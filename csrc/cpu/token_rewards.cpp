@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "cpu/reward_tensors.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 
@@ -26,14 +27,14 @@ static std::tuple<Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor utility, Tensor kl, std::optional<Tensor> mask, std::optional<Tensor> index,
     std::optional<Tensor> dense_rewards, double beta, int64_t placement, double clip_low, double clip_high, bool want_utility, bool want_kl, bool want_dense) {
   const RewardTensors inputs(utility, kl, mask, index, dense_rewards, beta, placement, clip_low, clip_high);
-  const Tensor upstream = dense(grad);
+  const UpstreamTensor upstream(grad);
   const Tensor to_utility = want_utility ? empty(utility.sizes(), utility.scalar_type()) : nothing();
   const Tensor to_kl = want_kl ? empty_large(kl.sizes(), kl.scalar_type()) : nothing();
   const Tensor to_dense = want_dense ? empty_large(kl.sizes(), dense_rewards->scalar_type()) : nothing();
   const RewardGradients out{want_utility ? to_utility.data_ptr() : nullptr, want_kl ? to_kl.data_ptr() : nullptr,
                             want_dense ? to_dense.data_ptr() : nullptr};
   auto* rows = LSC_DISPATCH_ISA(token_rewards_backward);
-  over_rows(inputs, [&](int64_t begin, int64_t end) { rows(inputs.kernel, floats(upstream), out, begin, end); });
+  over_rows(inputs, [&](int64_t begin, int64_t end) { rows(inputs.kernel, upstream.kernel, out, begin, end); });
   return {to_utility, to_kl, to_dense};
 }
 

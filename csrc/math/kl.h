@@ -23,10 +23,10 @@ struct KLOptions {
 };
 
 // The value, and the factors of the upstream gradient on the way to d, to the divergence, and to log pi(a): through d and
-// through the weight. All are 0 where the element is clamped.
+// through the weight. All are 0 where the element is clamped. `estimate` is the value before kl_clamp and weight.
 template <typename V>
 struct KLValue {
-  V kl, on_ratio, on_divergence, on_logprob;
+  V kl, on_ratio, on_divergence, on_logprob, estimate;
 };
 
 // NaN stays.
@@ -56,7 +56,7 @@ LSC_FN inline K3<V> k3(V d) {
 }
 
 // `divergence` is the row's full KL where that is what was asked for; log_weight = log pi(a) - old, null for none.
-// V is double, or a vector of them: what it needs is in math/one_lane.h.
+// V is double or a vector: what it needs is in math/one_lane.h, and its k3 above.
 template <typename V>
 LSC_FN inline KLValue<V> evaluate_kl(V d, V divergence, const V* log_weight, const KLOptions& options) {
   const V zero(0.0), one(1.0);
@@ -84,7 +84,7 @@ LSC_FN inline KLValue<V> evaluate_kl(V d, V divergence, const V* log_weight, con
   V on_logprob = log_weight ? on_ratio + kl : on_ratio;
   // slope and value, which for a negative d are huge and cancel
   if (log_weight && options.kind == Kind::k3 && !options.straight_through) on_logprob = weight * ratio;
-  return {kl, select(outside, zero, on_ratio), sampled ? zero : select(outside, zero, weight), select(outside, zero, on_logprob)};
+  return {kl, select(outside, zero, on_ratio), sampled ? zero : select(outside, zero, weight), select(outside, zero, on_logprob), value};
 }
 
 }  // namespace LSC_ISA

@@ -13,7 +13,7 @@
 namespace lsc {
 namespace LSC_ISA {
 
-// e^(x + low) for x <= 0 and a small low. e^r = 1 + r + r^2 q(r), |r| <= ln(2)/2, q minimax of degree 4 (3e-9).
+// e^(x + low) for x < 80, 0 far below, and a small low. e^r = 1 + r + r^2 q(r), |r| <= ln(2)/2, q minimax of degree 4 (3e-9).
 template <typename V>
 LSC_FN inline V exp_negative(V x, V low) {
   const V limited = max(V(kExp2Floor * 0x1.62e43p-1f), x);

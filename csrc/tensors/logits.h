@@ -12,20 +12,8 @@ struct LogitRows {
     if (logits.size(last) > 1 && logits.stride(last) != 1) tensor = torch::stable::contiguous(logits);
     rows.data = tensor.data_ptr();
     rows.dtype = dtype_of(tensor);
-    rows.leading = 1;
-    rows.sizes[0] = 1, rows.strides[0] = 0;
-    for (int64_t d = 0; d < last; ++d) {
-      const int64_t size = tensor.size(d), stride = tensor.stride(d);
-      if (size == 1) continue;
-      int64_t& inner_size = rows.sizes[rows.leading - 1];
-      int64_t& inner_stride = rows.strides[rows.leading - 1];
-      if (inner_size == 1 || inner_stride == size * stride) {
-        inner_size *= size, inner_stride = stride;
-      } else {
-        if (rows.leading == kMaxLeading) throw std::invalid_argument("logits have too many dimensions that do not lie as one");
-        rows.sizes[rows.leading] = size, rows.strides[rows.leading] = stride;
-        ++rows.leading;
-      }
+    if (!join_dimensions(tensor, last, kMaxLeading, rows.leading, rows.sizes, rows.strides)) {
+      throw std::invalid_argument("logits have too many dimensions that do not lie as one");
     }
   }
 

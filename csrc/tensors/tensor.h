@@ -47,6 +47,24 @@ inline std::optional<Tensor> dense_floats(const std::optional<Tensor>& tensor) {
   return dense(tensor->scalar_type() == wanted ? *tensor : torch::stable::to(*tensor, wanted));
 }
 
+// The first `count` dimensions of a tensor, those joined that lie as one; at least one is left. False if more than `most` are.
+inline bool join_dimensions(const Tensor& tensor, int64_t count, int most, int& left, int64_t* sizes, int64_t* strides) {
+  left = 1, sizes[0] = 1, strides[0] = 0;
+  for (int64_t d = 0; d < count; ++d) {
+    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    if (size == 1) continue;
+    int64_t &inner_size = sizes[left - 1], &inner_stride = strides[left - 1];
+    if (inner_size == 1 || inner_stride == size * stride) {
+      inner_size *= size, inner_stride = stride;
+    } else {
+      if (left == most) return false;
+      sizes[left] = size, strides[left] = stride;
+      ++left;
+    }
+  }
+  return true;
+}
+
 template <typename T>
 inline const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;

@@ -37,13 +37,18 @@ def backward(
     margin: float | Tensor,
     center: float,
     reduction: str,
+    want_chosen: bool,
+    want_rejected: bool,
     want_margin: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """To chosen, rejected and margin."""
     upstream = grad.double().expand(chosen.shape)
     if reduction == "mean":
         upstream = upstream / chosen.numel()
     slope = chain(upstream, torch.sigmoid(-(chosen.double() - rejected.double() - double(margin))))
     pull = chain(upstream, 2 * center * (chosen.double() + rejected.double())) if center else 0.0
-    to_margin = reduced(slope, margin) if want_margin else None
-    return (pull - slope).to(chosen.dtype), (pull + slope).to(rejected.dtype), to_margin
+    return (
+        (pull - slope).to(chosen.dtype) if want_chosen else None,
+        (pull + slope).to(rejected.dtype) if want_rejected else None,
+        reduced(slope, margin) if want_margin else None,
+    )

@@ -34,14 +34,17 @@ def backward(
     margin: float | Tensor,
     center: float,
     reduction: str,
+    want_chosen: bool,
+    want_rejected: bool,
     want_margin: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    wants = want_chosen, want_rejected, want_margin
     to_chosen, to_rejected, to_margin = _ops.bradley_terry_loss_backward(
-        grad, *_arguments(chosen, rejected, margin, center, reduction), want_margin
+        grad, *_arguments(chosen, rejected, margin, center, reduction), *wants
     )
     return (
-        to_chosen.to(chosen.dtype),
-        to_rejected.to(rejected.dtype),
+        to_chosen.to(chosen.dtype) if want_chosen else None,
+        to_rejected.to(rejected.dtype) if want_rejected else None,
         reduced(to_margin, margin) if want_margin else None,
     )
 
@@ -54,4 +57,9 @@ def _(chosen: Tensor, rejected: Tensor, *rest: object) -> Tensor:
 
 @torch.library.register_fake("lsc_kernels::bradley_terry_loss_backward")
 def _(grad: Tensor, chosen: Tensor, rejected: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    return chosen.new_empty(chosen.shape), rejected.new_empty(chosen.shape), new_like(chosen, bool(rest[-1]))
+    want_chosen, want_rejected, want_margin = rest[-3:]
+    to_scores = (
+        scores.new_empty(scores.shape if wanted else (0,))
+        for scores, wanted in ((chosen, want_chosen), (rejected, want_rejected))
+    )
+    return *to_scores, new_like(chosen, bool(want_margin))

@@ -113,7 +113,7 @@ class _BradleyTerryLoss(torch.autograd.Function):
         operands = saved_operands(ctx)
         kernels, *options = ctx.call
         with torch.no_grad():
-            gradients = kernels.backward(grad, *operands, *options, ctx.needs_input_grad[3])
+            gradients = kernels.backward(grad, *operands, *options, *ctx.needs_input_grad[1:])
         sources = (grad, *tensors(*operands))
         return None, *(first_derivative("bradley_terry_loss", each, *sources) for each in gradients)
 

@@ -17,7 +17,7 @@ from lsc_kernels.formula import Formula
 from lsc_kernels.ops import _checks, kl_from_logprobs, token_kl
 from lsc_kernels.ops._autograd import first_derivative, quick_apply
 from lsc_kernels.ops.aggregate_rewards import check_present, check_properties, logic_of
-from lsc_kernels.ops.lsc_transform import operand, spread, tensors, wants_grad
+from lsc_kernels.ops.lsc_transform import operand, save_operands, saved_operands, spread, tensors, wants_grad
 from lsc_kernels.ops.reward_head import check_head, reward_head
 from lsc_kernels.ops.token_rewards import reward_options
 
@@ -166,8 +166,8 @@ def shaped_rewards(
     kernels = select("shaped_rewards", *every)
     if wants_grad(*every):
         keep_ref = policy_side.actions is None or token_kl.reads_ref(kl_options, policy_side.ref)
-        call = (kernels, kl_options, placing, reward_side[11:], keep_ref)
-        outputs = _apply(call, *reward_side[:11], *policy_side)
+        leaves, fixed = _parted(reward_side, policy_side)
+        outputs = _apply((kernels, kl_options, placing, keep_ref, fixed), *leaves)
     else:
         outputs = kernels.forward(reward_side, policy_side, kl_options, placing)
     rewards, utility, own_scores, divergence, logprobs, reference, entropy = outputs[:7]
@@ -273,103 +273,138 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first + second
 
 
+class _Leaves(NamedTuple):
+    """What a gradient may be wanted of: of each its value, whether it is wanted, or the gradient."""
+
+    hidden: Any = None
+    weight: Any = None
+    bias: Any = None
+    scores: Any = None
+    reference_reward: Any = None
+    scale: Any = None
+    weights: Any = None
+    policy: Any = None
+    ref: Any = None
+    dense: Any = None
+
+
+def _parted(reward: RewardSide, policy: PolicySide) -> tuple[_Leaves, tuple[Any, ...]]:
+    """Both sides as their leaves and the rest, for :func:`_joined`."""
+    leaves = _Leaves(*reward[:3], *reward[6:9], reward.weights, *policy[:2], policy.dense)
+    return leaves, (*reward[3:6], reward.floor, *reward[11:], *policy[2:7])
+
+
+def _joined(leaves: _Leaves, fixed: Sequence[Any]) -> tuple[RewardSide, PolicySide]:
+    floor, ignore_missing, program = fixed[3:6]
+    reward = RewardSide._make(
+        [*leaves[:3], *fixed[:3], *leaves[3:6], floor, leaves.weights, ignore_missing, program]
+    )
+    return reward, PolicySide(leaves.policy, leaves.ref, *fixed[6:], leaves.dense)
+
+
 class _ShapedRewards(torch.autograd.Function):
     """Forward in one pass; backward through the parts of the same backend, in reverse."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        call: tuple[ModuleType, KLOptions, RewardOptions, tuple[bool, tuple[int, ...] | None], bool],
-        *arguments: Any,
+        call: tuple[ModuleType, KLOptions, RewardOptions, bool, tuple[Any, ...]],
+        *given: Any,
     ) -> tuple[Tensor, ...]:
-        kernels, kl_options, placing, logic, keep_ref = call
-        reward, policy = RewardSide._make([*arguments[:11], *logic]), PolicySide(*arguments[11:])
-        outputs = kernels.forward(reward, policy, kl_options, placing)
+        kernels, kl_options, placing, keep_ref, fixed = call
+        leaves = _Leaves(*given)
+        outputs = kernels.forward(*_joined(leaves, fixed), kl_options, placing)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs.state)
-        ctx.kernels, ctx.kl_options, ctx.placing, ctx.logic = kernels, kl_options, placing, logic
-        saved = [value if isinstance(value, Tensor) else None for value in arguments]
-        if not keep_ref:
-            saved[12] = None
-        ctx.numbers = [None if isinstance(value, Tensor) else value for value in arguments]
-        ctx.save_for_backward(*saved, outputs.utility, outputs.scores, outputs.kl, outputs.state)
-        if reward.scores is not None:
+        ctx.call = kernels, kl_options, placing
+        kept = leaves if keep_ref else leaves._replace(ref=None)
+        save_operands(ctx, *kept, *fixed, outputs.utility, outputs.scores, outputs.kl, outputs.state)
+        if leaves.scores is not None:
             outputs = outputs._replace(scores=outputs.kl.new_empty(0))
             ctx.mark_non_differentiable(outputs.scores)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        arguments = [
-            number if tensor is None else tensor
-            for tensor, number in zip(saved[:-4], ctx.numbers, strict=True)
-        ]
-        reward, policy = RewardSide._make([*arguments[:11], *ctx.logic]), PolicySide(*arguments[11:])
+        operands = saved_operands(ctx)
+        split = len(_Leaves._fields)
+        sides = _joined(_Leaves(*operands[:split]), operands[split:-4])
         with torch.no_grad():
-            gradients = _gradients(ctx, reward, policy, saved[-4:], upstream)
-        sources = (*upstream, *tensors(*arguments))
-        marked = (first_derivative("shaped_rewards", each, *sources) for each in gradients)
-        return None, *marked
+            gradients = _gradients(
+                *ctx.call, *sides, operands[-4:], upstream, _Leaves(*ctx.needs_input_grad[1:])
+            )
+        sources = (*upstream, *tensors(*operands[:-4]))
+        return None, *(first_derivative("shaped_rewards", each, *sources) for each in gradients)
 
 
 _apply = quick_apply(_ShapedRewards)
 
 
 def _gradients(
-    ctx: Any,
+    kernels: ModuleType,
+    kl_options: KLOptions,
+    placing: RewardOptions,
     reward: RewardSide,
     policy: PolicySide,
     saved: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """One per argument of ``_ShapedRewards`` after ``call``: 11 of the reward side, 8 of the policy side."""
-    kernels, wants, policy = ctx.kernels, ctx.needs_input_grad[1:], with_counted(policy)
+    wants: _Leaves,
+) -> _Leaves:
+    policy = with_counted(policy)
     utility, scores, kl, state = saved
     to_rewards, to_utility, to_scores, to_kl, to_logprobs, to_ref_logprobs, to_entropy, _ = upstream
-    gradients: list[Tensor | None] = [None] * len(wants)
-    wants_reward_side = any(wants[:11])
+    gradients = _Leaves()
+    wants_reward_side, wants_policy_side = any(wants[:7]), wants.policy or wants.ref
     if to_rewards is not None:
         from_rewards = kernels.token_rewards.backward(
-            *(to_rewards, utility, kl, policy.mask, policy.place, policy.dense, ctx.placing),
-            *(wants_reward_side, wants[11] or wants[12], wants[18]),
+            *(to_rewards, utility, kl, policy.mask, policy.place, policy.dense, placing),
+            *(wants_reward_side, wants_policy_side, wants.dense),
         )
         to_utility, to_kl = _sum(to_utility, from_rewards[0]), _sum(to_kl, from_rewards[1])
-        gradients[18] = from_rewards[2]
+        gradients = gradients._replace(dense=from_rewards[2])
 
     if wants_reward_side and to_utility is not None:
-        from_utility = kernels.aggregate_rewards.backward(
-            *(to_utility, scores, *reward[7:], wants[7], wants[8], wants[10])
+        to_given, to_reference, to_scale, to_weights = kernels.aggregate_rewards.backward(
+            *(to_utility, scores, *reward[7:], wants.reference_reward, wants.scale, wants.weights)
         )
-        to_scores = _sum(to_scores, from_utility[0])
-        gradients[7], gradients[8], gradients[10] = from_utility[1:]
+        to_scores = _sum(to_scores, to_given)
+        gradients = gradients._replace(reference_reward=to_reference, scale=to_scale, weights=to_weights)
     if reward.scores is not None:
-        gradients[6] = to_scores if wants[6] else None
+        gradients = gradients._replace(scores=to_scores if wants.scores else None)
     elif to_scores is not None:
-        gradients[:3] = kernels.reward_head.backward(
+        to_hidden, to_weight, to_bias = kernels.reward_head.backward(
             to_scores, reward.hidden, reward.weight, *reward[3:6], False, *wants[:3]
         )
-        if gradients[2] is not None and reward.bias is not None:
-            gradients[2] = gradients[2].to(reward.bias.dtype)
+        if to_bias is not None and reward.bias is not None:
+            to_bias = to_bias.to(reward.bias.dtype)
+        gradients = gradients._replace(hidden=to_hidden, weight=to_weight, bias=to_bias)
 
-    if not (wants[11] or wants[12]):
+    if not wants_policy_side:
         return gradients
     if policy.actions is not None:
         ref = policy.policy if policy.ref is None else policy.ref  # what is not read still has a shape
-        gradients[11:13] = kernels.token_kl.backward(
+        to_policy, to_ref = kernels.token_kl.backward(
             *(to_kl, to_logprobs, to_ref_logprobs, to_entropy, policy.policy, ref, *policy[2:6]),
-            *(ctx.kl_options, state, *wants[11:13]),
+            *(kl_options, state, wants.policy, wants.ref),
         )
-        return gradients
-    both = ((policy.policy, to_logprobs), (policy.ref, to_ref_logprobs))
+        return gradients._replace(policy=to_policy, ref=to_ref)
+    to_policy = to_ref = None
     if to_kl is not None:
         # a sum of two gradients is rounded once
-        precise = (given if to_given is None else given.to(kl.dtype) for given, to_given in both)
-        gradients[11:13] = kernels.kl_from_logprobs.backward(
-            to_kl, *precise, policy.mask, policy.old_logprobs, ctx.kl_options, *wants[11:13]
+        both = ((policy.policy, to_logprobs), (policy.ref, to_ref_logprobs))
+        precise = (given if also is None else given.to(kl.dtype) for given, also in both)
+        to_policy, to_ref = kernels.kl_from_logprobs.backward(
+            to_kl, *precise, policy.mask, policy.old_logprobs, kl_options, wants.policy, wants.ref
         )
-    for place, (given, to_given) in enumerate(both, start=11):
-        if to_given is not None and wants[place]:
-            total = _sum(gradients[place], left_in(to_given, policy.mask))
-            gradients[place] = None if total is None else total.to(given.dtype)
-    return gradients
+
+    def with_copy(wanted: bool, gradient: Tensor | None, copied: Tensor | None, given: Tensor) -> Tensor | None:
+        """The gradient with that to the copy among the outputs."""
+        if copied is None or not wanted:
+            return gradient
+        total = _sum(gradient, left_in(copied, policy.mask))
+        return None if total is None else total.to(given.dtype)
+
+    return gradients._replace(
+        policy=with_copy(wants.policy, to_policy, to_logprobs, policy.policy),
+        ref=with_copy(wants.ref, to_ref, to_ref_logprobs, policy.ref),
+    )

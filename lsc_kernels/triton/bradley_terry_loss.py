@@ -58,14 +58,12 @@ def _kernel(
         pull = tl.zeros_like(push)
         if CENTERED:
             pull = tl.where(upstream == 0, 0.0, upstream * 2.0 * center * (c + r))
-        tl.store(
-            to_chosen + index, narrow((pull - push).to(tl.float32), to_chosen.dtype.element_ty), mask=inside
-        )
-        tl.store(
-            to_rejected + index,
-            narrow((pull + push).to(tl.float32), to_rejected.dtype.element_ty),
-            mask=inside,
-        )
+        if to_chosen is not None:
+            to = narrow((pull - push).to(tl.float32), to_chosen.dtype.element_ty)
+            tl.store(to_chosen + index, to, mask=inside)
+        if to_rejected is not None:
+            to = narrow((pull + push).to(tl.float32), to_rejected.dtype.element_ty)
+            tl.store(to_rejected + index, to, mask=inside)
         if to_margin is not None:
             tl.store(to_margin + index, push.to(tl.float32), mask=inside)
 
@@ -117,11 +115,17 @@ def _forward(
 
 
 def _fake_gradients(grad: Tensor, chosen: Tensor, rejected: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return chosen.new_empty(chosen.shape), rejected.new_empty(chosen.shape), wanted_like(chosen, rest[-1])
+    want_chosen, want_rejected, want_margin = rest[-3:]
+    to_scores = (
+        scores.new_empty(scores.shape if wanted else 0)
+        for scores, wanted in ((chosen, want_chosen), (rejected, want_rejected))
+    )
+    return *to_scores, wanted_like(chosen, want_margin)
 
 
 @operator(
-    f"bradley_terry_loss_backward(Tensor grad, {_ARGUMENTS}, bool want_margin) -> (Tensor, Tensor, Tensor)",
+    f"bradley_terry_loss_backward(Tensor grad, {_ARGUMENTS}, bool want_chosen, bool want_rejected, bool want_margin)"
+    " -> (Tensor, Tensor, Tensor)",
     _fake_gradients,
 )
 def _backward(
@@ -132,13 +136,16 @@ def _backward(
     margin_number: float,
     center: float,
     reduction: int,
+    want_chosen: bool,
+    want_rejected: bool,
     want_margin: bool,
 ) -> tuple[Tensor, ...]:
-    gradients = _fake_gradients(grad, chosen, rejected, want_margin)
+    wants = want_chosen, want_rejected, want_margin
+    gradients = _fake_gradients(grad, chosen, rejected, *wants)
     how = REDUCTIONS[reduction]
     factor = 1.0 / chosen.numel() if how == "mean" and chosen.numel() else 1.0
     upstream = (grad.contiguous(), 1 if how == "none" else 0, factor)
-    wanted = (*gradients[:2], gradients[2] if want_margin else None)
+    wanted = (gradient if want else None for gradient, want in zip(gradients, wants, strict=True))
     _run(upstream, chosen, rejected, joined(margin, margin_number), center, (None, None, *wanted))
     return gradients
 
@@ -162,9 +169,16 @@ def backward(
     margin: float | Tensor,
     center: float,
     reduction: str,
+    want_chosen: bool,
+    want_rejected: bool,
     want_margin: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    wants = want_chosen, want_rejected, want_margin
     to_chosen, to_rejected, to_margin = _ops.bradley_terry_loss_backward(
-        grad, chosen, rejected, *split(margin), center, REDUCTIONS.index(reduction), want_margin
+        grad, chosen, rejected, *split(margin), center, REDUCTIONS.index(reduction), *wants
     )
-    return to_chosen, to_rejected, reduced(to_margin, margin) if want_margin else None
+    return (
+        to_chosen if want_chosen else None,
+        to_rejected if want_rejected else None,
+        reduced(to_margin, margin) if want_margin else None,
+    )

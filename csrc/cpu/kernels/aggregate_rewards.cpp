@@ -5,6 +5,7 @@
 
 #include "cpu/kernels/formula_rows.h"
 #include "cpu/kernels/transform_tile.h"
+#include "cpu/kernels/upstream.h"
 
 namespace lsc {
 namespace LSC_ISA {
@@ -64,15 +65,16 @@ inline void sum_rows(const float* terms, int rows, int columns, float* sums) {
   }
 }
 
-// `of_row` once for each of a tile's scores.
-inline void repeat(const float* of_row, int64_t first, int n, int64_t columns, float* out) {
+// What is given for each row, once for each of a tile's scores.
+inline void repeat(UpstreamTile<kTile>& given, int64_t first, int n, int64_t columns, float* out) {
   const int64_t row = first / columns;
   if (columns > kTile) {
-    std::fill_n(out, n, of_row[row]);
+    std::fill_n(out, n, *given.along(row, 1));
     return;
   }
   const int each = int(columns);
-  for (int i = 0, r = 0; i < n; i += each, ++r) std::fill_n(out + i, each, of_row[row + r]);
+  const float* of_row = given.along(row, n / each);
+  for (int i = 0, r = 0; i < n; i += each, ++r) std::fill_n(out + i, each, of_row[r]);
 }
 
 }  // namespace
@@ -104,19 +106,20 @@ void aggregate_forward(const TransformInputs& inputs, const Aggregation& how, fl
   });
 }
 
-void aggregate_backward(const TransformInputs& inputs, const Aggregation& how, const float* grad, const TransformGradients& out, int64_t begin, int64_t end) {
+void aggregate_backward(const TransformInputs& inputs, const Aggregation& how, const Upstream& grad, const TransformGradients& out, int64_t begin, int64_t end) {
   for_dtype(inputs.dtype, [&](auto type) {
     using T = decltype(type);
+    UpstreamTile<kTile> given(grad);
     if (how.program) {
       FormulaRows<T> formula(inputs, how);
-      for (int64_t row = begin; row < end; ++row) formula.gradients(row, grad[row], out);
+      for (int64_t row = begin; row < end; ++row) formula.gradients(row, *given.along(row, 1), out);
       return;
     }
     TransformTile<T> tile(inputs);
     Terms terms(inputs, how);
     alignas(64) float upstream[kTile], slope[kTile], to_scores[kTile];
     tile.for_each(begin, end, [&](int64_t first, int n) {
-      repeat(grad, first, n, inputs.columns, upstream);
+      repeat(given, first, n, inputs.columns, upstream);
       if (out.weights) {
         tile.values(to_scores);
         terms.drop_missing(tile, to_scores, n);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "arguments/transform.h"
+#include "arguments/upstream.h"
 #include "cpu/isa.h"
 
 namespace lsc {
@@ -14,6 +15,7 @@ struct PairInputs {
 };
 
 // Written for every pair, contiguous; `margin` is null where it is not wanted.
+// Each null where it is not wanted.
 struct PairGradients {
   void *chosen, *rejected;
   float* margin;
@@ -21,8 +23,8 @@ struct PairGradients {
 
 LSC_DECLARE_KERNELS(
     // Pairs [begin, end). Forward returns the sum of their losses, and writes them where `losses` is not null; backward
-    // multiplies each gradient by `factor`, and by `grad` of its pair where that is not null.
+    // multiplies each gradient by `factor`, and by `grad` of its pair where it has data.
     double bradley_terry_forward(const PairInputs&, float* losses, int64_t begin, int64_t end);
-    void bradley_terry_backward(const PairInputs&, const float* grad, double factor, const PairGradients&, int64_t begin, int64_t end);)
+    void bradley_terry_backward(const PairInputs&, const Upstream& grad, double factor, const PairGradients&, int64_t begin, int64_t end);)
 
 }  // namespace lsc

@@ -18,6 +18,7 @@
 #include "cpu/kernels/doubles.h"
 #include "cpu/kernels/mask_reader.h"
 #include "cpu/kernels/tiles.h"
+#include "cpu/kernels/upstream.h"
 #include "math/returns.h"
 
 namespace lsc {
@@ -220,9 +221,9 @@ struct Tile {
 };
 
 // `out` has room for whole vectors; 0 where there is nothing to bring.
-void bring(const float* from, int64_t at, int n, float* out) {
-  if (from) {
-    load_tile(from + at, n, out);
+void bring(bool given, UpstreamTile<kTile>& from, int64_t at, int n, float* out) {
+  if (given) {
+    load_tile(from.along(at, n), n, out);
   } else {
     std::fill_n(out, n, 0.0f);
   }
@@ -292,6 +293,7 @@ void gae_backward(
   const Sum<false> sum(rule.of_return);
   const Chain<false> chain(rule);
   const Doubles zero(0.0), of_value(rule.of_value);
+  UpstreamTile<kTile> to_advantages(grad.advantages), to_returns(grad.returns);
   Tile<false> tile;
   const auto to_advantage = [&](int at) { return load_doubles(tile.first + at); };
   const auto term = [&](int at) { return to_advantage(at) + load_doubles(tile.second + at); };
@@ -316,8 +318,8 @@ void gae_backward(
     for (int64_t first = 0; first <= last; first += kTile) {
       const int64_t at = s.start + first;
       tile.place(rows.mask, s.mask_row, first, int(std::min<int64_t>(kTile, last + 1 - first)));
-      bring(grad.advantages, at, tile.n, tile.first);
-      bring(grad.returns, at, tile.n, tile.second);
+      bring(grad.advantages.data, to_advantages, at, tile.n, tile.first);
+      bring(grad.returns.data, to_returns, at, tile.n, tile.second);
       tile.into(at, out.rewards, out.values, [&](Results results) {
         tile.dense && rule.of_return != 0 ? over_all(passed, results) : over_holes(passed, results);
       });

@@ -2,6 +2,7 @@
 
 #include "arguments/mask_rows.h"
 #include "arguments/rows.h"
+#include "arguments/upstream.h"
 #include "cpu/isa.h"
 #include "math/holes.h"
 
@@ -25,7 +26,7 @@ struct GaeInputs {
 
 // Each null where it is not given.
 struct GaeUpstream {
-  const float *advantages, *returns;
+  Upstream advantages, returns;  // each with null data where there is none
 };
 
 // values is null where it is not wanted.

@@ -9,6 +9,7 @@
 #include "cpu/kernels/doubles.h"
 #include "cpu/kernels/mask_reader.h"
 #include "cpu/kernels/tiles.h"
+#include "cpu/kernels/upstream.h"
 
 namespace lsc {
 namespace LSC_ISA {
@@ -30,8 +31,8 @@ struct Tile {
     count = read_counted(in.mask, 0, first, n, counted);
     for (int i = n; i < padded(); ++i) x[i] = 0.0f, counted[i] = 0;
   }
-  void read_upstream(const float* grad, int64_t first) {
-    load_tile(grad + first, n, upstream);
+  void read_upstream(UpstreamTile<kWhitenTile>& given, int64_t first) {
+    load_tile(given.along(first, n), n, upstream);
     std::fill(upstream + n, upstream + padded(), 0.0f);
   }
   int padded() const { return (n + kPartial - 1) / kPartial * kPartial; }
@@ -93,10 +94,11 @@ void whiten_forward(const WhitenInputs& in, const Whitening& rule, float* out, i
   });
 }
 
-GradientSums whiten_gradient_sums(const WhitenInputs& in, const float* grad, double mean, int64_t begin, int64_t end) {
+GradientSums whiten_gradient_sums(const WhitenInputs& in, const Upstream& grad, double mean, int64_t begin, int64_t end) {
   Sum sum, along;
+  UpstreamTile<kWhitenTile> given(grad);
   for_each_tile(in, begin, end, [&](Tile& tile, int64_t first) {
-    tile.read_upstream(grad, first);
+    tile.read_upstream(given, first);
     for_each_vector(tile, [&](int i, int j) {
       const Doubles upstream = load_doubles(tile.upstream + i);
       sum.partial[j] = sum.partial[j] + tile.where_counted(i, upstream);
@@ -107,10 +109,11 @@ GradientSums whiten_gradient_sums(const WhitenInputs& in, const float* grad, dou
 }
 
 void whiten_backward(
-    const WhitenInputs& in, const float* grad, const WhiteningGradient& rule, void* out, int64_t begin, int64_t end) {
+    const WhitenInputs& in, const Upstream& grad, const WhiteningGradient& rule, void* out, int64_t begin, int64_t end) {
   const Doubles mean(rule.mean), of_grad(rule.of_grad), of_centred(rule.of_centred), constant(rule.constant);
+  UpstreamTile<kWhitenTile> given(grad);
   for_each_tile(in, begin, end, [&](Tile& tile, int64_t first) {
-    tile.read_upstream(grad, first);
+    tile.read_upstream(given, first);
     for_each_vector(tile, [&](int i, int) {
       const Doubles slope = of_grad * load_doubles(tile.upstream + i) + (of_centred * tile.centred(i, mean) + constant);
       store_rounded(tile.x + i, tile.where_counted(i, slope));

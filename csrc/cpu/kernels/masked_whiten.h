@@ -2,6 +2,7 @@
 
 #include "arguments/mask_rows.h"
 #include "arguments/rows.h"
+#include "arguments/upstream.h"
 #include "cpu/isa.h"
 #include "math/moments.h"
 
@@ -20,7 +21,7 @@ LSC_DECLARE_KERNELS(
     // The moments are of one tile at most.
     Moments whiten_moments(const WhitenInputs&, int64_t begin, int64_t end);
     void whiten_forward(const WhitenInputs&, const Whitening&, float* out, int64_t begin, int64_t end);
-    GradientSums whiten_gradient_sums(const WhitenInputs&, const float* grad, double mean, int64_t begin, int64_t end);
-    void whiten_backward(const WhitenInputs&, const float* grad, const WhiteningGradient&, void* out, int64_t begin, int64_t end);)
+    GradientSums whiten_gradient_sums(const WhitenInputs&, const Upstream&, double mean, int64_t begin, int64_t end);
+    void whiten_backward(const WhitenInputs&, const Upstream&, const WhiteningGradient&, void* out, int64_t begin, int64_t end);)
 
 }  // namespace lsc

@@ -8,6 +8,7 @@
 
 #include "cpu/kernels/mask_reader.h"
 #include "cpu/kernels/tiles.h"
+#include "cpu/kernels/upstream.h"
 
 namespace lsc {
 namespace LSC_ISA {
@@ -84,21 +85,21 @@ int64_t token_rewards_forward(const RewardInputs& in, float* rewards, int64_t be
   return -1;
 }
 
-void token_rewards_backward(const RewardInputs& in, const float* grad, const RewardGradients& out, int64_t begin, int64_t end) {
+void token_rewards_backward(const RewardInputs& in, const Upstream& grad, const RewardGradients& out, int64_t begin, int64_t end) {
+  UpstreamTile<kTile> given(grad);
   alignas(64) float to_dense[kTile] = {}, to_kl[kTile] = {};
   for (int64_t row = begin; row < end; ++row) {
-    const float* upstream = grad + row * in.length;
     if (out.utility) {
       const double utility = load_one(in.utility.dtype, in.utility.data, row);
       const int64_t place = position_of(in, row, last_counted(in.mask, row, in.length));
       const bool counts = place >= 0 && !(utility < in.clip_low || utility > in.clip_high);
-      store_one(in.utility.dtype, out.utility, row, counts ? upstream[place] : 0.0f);
+      store_one(in.utility.dtype, out.utility, row, counts ? *given.along(row * in.length + place, 1) : 0.0f);
     }
     if (!out.kl && !out.dense) continue;
     for (int64_t first = 0; first < in.length; first += kTile) {
       const int n = int(std::min<int64_t>(kTile, in.length - first));
       const int64_t start = row * in.length + first;
-      std::copy_n(upstream + first, n, to_dense);
+      std::copy_n(given.along(start, n), n, to_dense);
       clear_uncounted(in.mask, row, first, n, to_dense);
       if (out.dense) store_tile(in.dense.dtype, out.dense, start, n, to_dense);
       if (!out.kl) continue;

@@ -42,6 +42,7 @@ inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST
 inline Mask operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline Mask operator==(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 inline Mask both(Mask a, Mask b) { return a & b; }
+inline Mask either(Mask a, Mask b) { return a | b; }
 inline bool all(Mask a) { return a == 0xffff; }
 inline bool any(Mask a) { return a != 0; }
 inline Vec select(Mask where, Vec yes, Vec no) { return _mm512_mask_blend_ps(where, no.v, yes.v); }
@@ -58,6 +59,9 @@ inline Vec load(const BFloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 inline Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Mask load(const bool* p) {
+  return _mm512_test_epi32_mask(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), _mm512_set1_epi32(-1));
+}
 
 inline void load_two(const BFloat16* p, Vec& a, Vec& b) {
   const __m512i pairs = _mm512_loadu_si512(p);
@@ -140,6 +144,7 @@ inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT 
 inline Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 inline Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
+inline Mask either(Mask a, Mask b) { return {_mm256_or_ps(a.v, b.v)}; }
 inline bool all(Mask a) { return _mm256_movemask_ps(a.v) == 0xff; }
 inline bool any(Mask a) { return _mm256_movemask_ps(a.v) != 0; }
 inline Vec select(Mask where, Vec yes, Vec no) { return _mm256_blendv_ps(no.v, yes.v, where.v); }
@@ -167,6 +172,10 @@ inline Vec load(const BFloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Mask load(const bool* p) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()))};
+}
 
 inline void load_two(const BFloat16* p, Vec& a, Vec& b) {
   const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -258,6 +267,7 @@ inline Vec fms(Vec a, Vec b, Vec c) { return Vec(a.v * b.v - c.v); }
 inline Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
 inline Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
 inline Mask both(Mask a, Mask b) { return {a.v & b.v}; }
+inline Mask either(Mask a, Mask b) { return {a.v | b.v}; }
 inline bool all(Mask a) { return (a.v[0] & a.v[1] & a.v[2] & a.v[3]) != 0; }
 inline bool any(Mask a) { return (a.v[0] | a.v[1] | a.v[2] | a.v[3]) != 0; }
 inline Vec max(Vec limit, Vec x) { return select(x < limit, limit, x); }
@@ -284,6 +294,7 @@ template <typename T>
 inline Vec load(const T* p) {
   return Vec(Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])});
 }
+inline Mask load(const bool* p) { return {Int4{-p[0], -p[1], -p[2], -p[3]}}; }
 template <typename T>
 inline void store(T* p, Vec a) {
   for (int i = 0; i < 4; ++i) from_float(a.v[i], p + i);
