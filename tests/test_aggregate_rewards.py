@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import _upstream
 import mpmath
 import pytest
 import torch
@@ -235,6 +236,16 @@ def test_compile(backend: str, generator: Generator) -> None:
     with pytest.raises(RuntimeError, match="scores has NaN"):
         checked(torch.tensor([[0.0, torch.nan]]))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("formula", [None, "0 & ~1 | 2"])
+def test_any_gradient_from_above(backend: str, generator: Generator, formula: str | None) -> None:
+    scores = torch.randn(*_upstream.SHAPE, 3, generator=generator)
+    _upstream.check(
+        lambda s, r: lk.aggregate_rewards(s, r, formula=formula),
+        (scores, torch.randn(3, generator=generator)),
+        generator,
+    )
 
 
 @needs_native

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import _upstream
 import pytest
 import torch
 from _modes import compile_once, needs_native
@@ -204,6 +205,26 @@ def test_compile(backend: str, generator: Generator) -> None:
         )
 
 
+def test_any_gradient_from_above(backend: str, generator: Generator) -> None:
+    pairs = torch.randn(3, *_upstream.SHAPE, generator=generator).unbind()
+
+    def loss(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
+        return lk.bradley_terry_loss(chosen, rejected, margin=margin, center=0.1, reduction="none")
+
+    _upstream.check(loss, pairs, generator)
+
+
+def test_one_score_alone(backend: str, generator: Generator) -> None:
+    """What has no gradient is not made, and changes nothing for the other."""
+    pairs = torch.randn(2, 300, generator=generator).unbind()
+    both = [score.clone().requires_grad_() for score in pairs]
+    wanted = torch.autograd.grad(lk.bradley_terry_loss(*both), both)
+    for alone in range(2):
+        given = [score.clone().requires_grad_(place == alone) for place, score in enumerate(pairs)]
+        lk.bradley_terry_loss(*given).backward()
+        assert torch.equal(given[alone].grad, wanted[alone]) and given[1 - alone].grad is None
+
+
 @needs_native
 def test_opcheck(generator: Generator) -> None:
     chosen, rejected, margin = (torch.randn(5, generator=generator) for _ in range(3))
@@ -213,7 +234,9 @@ def test_opcheck(generator: Generator) -> None:
             upstream = torch.randn(5) if reduction == 0 else torch.tensor(2.0)
             arguments = (chosen.half(), rejected.half(), *options, reduction)
             torch.library.opcheck(ops.bradley_terry_loss_forward, arguments)
-            torch.library.opcheck(ops.bradley_terry_loss_backward, (upstream, *arguments, True, reduction == 0, True))
+            torch.library.opcheck(
+                ops.bradley_terry_loss_backward, (upstream, *arguments, True, reduction == 0, True)
+            )
 
 
 S = torch.zeros(2, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import _upstream
 import pytest
 import torch
 from _modes import compile_once
@@ -142,6 +143,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "cu_seqlens must rise from 0 to N = 3, the tokens of rewards; got",
     ),
 ]
+
+
+def test_any_gradient_from_above(backend: str, generator: Generator) -> None:
+    rewards = torch.randn(_upstream.SHAPE, generator=generator)
+    _upstream.check(lambda r: lk.discounted_returns(r, None, gamma=0.9), (rewards,), generator)
 
 
 @pytest.mark.parametrize("call, error, message", BAD)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import _upstream
 import pytest
 import torch
 from _modes import compile_once, needs_native
@@ -332,6 +333,13 @@ def test_compile(backend: str, generator: Generator) -> None:
     bounds = [torch.tensor(b) for b in ([0, 2, 5], [0, 0, 3, 7], [0, 4, 9, 9, 12])]
     packed = [(*case(generator, int(b[-1])), b) for b in bounds]
     compile_once(lambda r, v, b: lk.gae(r, v, None, cu_seqlens=b), packed)
+
+
+@pytest.mark.parametrize("output", [0, 1], ids=["advantages", "returns"])
+def test_any_gradient_from_above(backend: str, generator: Generator, output: int) -> None:
+    mask = torch.rand(_upstream.SHAPE, generator=generator) < 0.8
+    rewards, values = torch.randn(2, *_upstream.SHAPE, generator=generator)
+    _upstream.check(lambda r, v: lk.gae(r, v, mask, gamma=0.9)[output], (rewards, values), generator)
 
 
 @needs_native

@@ -8,6 +8,7 @@ from typing import Any
 
 import _tolerances as tolerances
 import _truth as truth
+import _upstream
 import pytest
 import torch
 from _cases import DTYPES, SAMPLED_KINDS
@@ -355,6 +356,13 @@ def test_compile(backend: str, generator: Generator) -> None:
         )
 
     compile_once(run, [call(3, 5), call(3, 8), call(2, 13), call(4, 2)])
+
+
+def test_any_gradient_from_above(backend: str, generator: Generator) -> None:
+    mask = torch.rand(_upstream.SHAPE, generator=generator) < 0.8
+    _upstream.check(
+        lambda p, q: lk.kl_from_logprobs(p, q, mask=mask), pair(generator, _upstream.SHAPE), generator
+    )
 
 
 @needs_native

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import _upstream
 import pytest
 import torch
 from _modes import compile_once, needs_native
@@ -254,6 +255,15 @@ def test_compile(backend: str, generator: Generator) -> None:
     ]
     compile_once(lambda r, ref: [lk.lsc_transform(r, ref, scale=2.0, floor=0.1)], calls)
     compile_once(lambda r, ref: [lk.lsc_transform(r, 0.5) + ref.sum()], calls)
+
+
+def test_any_gradient_from_above(backend: str, generator: Generator) -> None:
+    reward, reference, scale = torch.randn(3, *_upstream.SHAPE, generator=generator)
+    _upstream.check(
+        lambda r, f, s: lk.lsc_transform(r, f, scale=s, floor=0.1),
+        (reward, reference, scale.exp()),
+        generator,
+    )
 
 
 @needs_native

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _upstream
 import pytest
 import torch
 from _modes import compile_once, needs_native
@@ -221,6 +222,15 @@ def test_compile(backend: str, generator: Generator) -> None:
     ]
     for shift_mean in (True, False):
         compile_once(lambda x, m, s=shift_mean: [lk.masked_whiten(x, m, shift_mean=s)], calls)
+
+
+def test_any_gradient_from_above(backend: str, generator: Generator) -> None:
+    mask = torch.rand(_upstream.SHAPE, generator=generator) < 0.8
+    _upstream.check(
+        lambda x: lk.masked_whiten(x, mask, shift_mean=False),
+        (torch.randn(_upstream.SHAPE, generator=generator),),
+        generator,
+    )
 
 
 @needs_native

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import _upstream
 import pytest
 import torch
 from _modes import compile_once, needs_native
@@ -310,6 +311,17 @@ def test_compile(backend: str, generator: Generator) -> None:
             lk.token_rewards(u, kl, m, beta=0.1, dense=d, placement="before_last", utility_clip=(-1, 1))
         ],
         calls,
+    )
+
+
+def test_any_gradient_from_above(backend: str, generator: Generator) -> None:
+    kl, dense = torch.randn(2, *_upstream.SHAPE, generator=generator)
+    utility = torch.randn(_upstream.ROWS, generator=generator)
+    mask = torch.arange(_upstream.COLUMNS) < torch.randint(
+        1, _upstream.COLUMNS, (_upstream.ROWS, 1), generator=generator
+    )
+    _upstream.check(
+        lambda u, k, d: lk.token_rewards(u, k, mask, beta=0.1, dense=d), (utility, kl, dense), generator
     )
 
 

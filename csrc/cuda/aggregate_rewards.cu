@@ -7,7 +7,9 @@
 // memory every thread of the device would have to have room for the longest, 2.6 GB on an H200.
 #include "cuda/formula_rows.h"
 #include "cuda/transform_tensors.h"
+#include "cuda/upstream.h"
 #include "tensors/program.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 namespace cuda {
@@ -57,7 +59,7 @@ struct AggregateForward {
 
 struct AggregateBackward {
   DeviceScores in;
-  const float* grad;
+  Upstream grad;
   DeviceGradients out;
   Program program;
   FormulaRoom room;
@@ -87,7 +89,7 @@ LSC_KERNEL(kFormulaThreads, 2) aggregate_forward_formula(LSC_ARGUMENT AggregateF
 LSC_KERNEL(kElementThreads, 4) aggregate_backward(LSC_ARGUMENT AggregateBackward a) {
   const int64_t i = block_index() * kElementThreads + thread_index();
   if (i >= a.in.rows * a.in.columns) return;
-  write_score_gradients(a.in, a.out, i / a.in.columns, i % a.in.columns, a.grad[i / a.in.columns]);
+  write_score_gradients(a.in, a.out, i / a.in.columns, i % a.in.columns, upstream_at(a.grad, i / a.in.columns));
 }
 
 // 0 for the columns that the formula does not name, and for all of them where nobody asked.
@@ -102,7 +104,7 @@ LSC_KERNEL(kFormulaThreads, 2) aggregate_backward_formula(LSC_ARGUMENT Aggregate
     if (a.out.scale) a.out.scale[at] = 0;
     if (a.out.weights) a.out.weights[at] = 0;
   }
-  const double upstream = a.grad[row];
+  const double upstream = upstream_at(a.grad, row);
   if (upstream == 0) return;
   const FormulaRow own = a.room.row(memory);
   judge_row(a.in, a.program, row, own.judged);
@@ -142,11 +144,12 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     std::optional<Tensor> weights, bool ignore_missing, ProgramNumbers numbers, bool want_reference, bool want_scale,
     bool want_weights) {
   const ScoreTensors inputs(scores, reference_reward, reference_number, scale, scale_number, floor, floor_number, weights, ignore_missing);
-  const Tensor upstream = dense(grad), to_scores = empty_on(scores, inputs.scores.sizes(), scores.scalar_type());
+  const UpstreamTensor upstream(grad);
+  const Tensor to_scores = empty_on(scores, inputs.scores.sizes(), scores.scalar_type());
   const Tensor to_reference = wanted_on(want_reference, inputs.scores), to_scale = wanted_on(want_scale, inputs.scores);
   const Tensor to_weights = wanted_on(want_weights, inputs.scores);
   const Program program = program_of(numbers, inputs.kernel.columns);
-  const AggregateBackward a{inputs.kernel, floats(upstream),
+  const AggregateBackward a{inputs.kernel, upstream.kernel,
                             {to_scores.data_ptr(), want_reference ? floats(to_reference) : nullptr,
                              want_scale ? floats(to_scale) : nullptr, want_weights ? floats(to_weights) : nullptr},
                             program, FormulaRoom(program, true)};

@@ -4,6 +4,8 @@
 // Forward reads two scores a pair, and writes one loss; or each block adds up its pairs in a fixed order and writes their sum,
 // and one more block adds those. Backward reads two scores and writes two gradients.
 #include "cuda/transform_tensors.h"
+#include "cuda/upstream.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 namespace cuda {
@@ -33,11 +35,10 @@ struct SumOfSums {
 
 struct PairGradients {
   Pairs in;
-  const float* grad;
-  int64_t grad_stride;
+  Upstream grad;  // of a sum or a mean one for all
   double factor;
-  void *chosen, *rejected;
-  float* margin;  // null where it is not wanted
+  void *chosen, *rejected;  // each null where it is not wanted
+  float* margin;
 };
 
 struct Pair {
@@ -78,13 +79,13 @@ LSC_KERNEL(kElementThreads, 1) sum_of_sums(LSC_ARGUMENT SumOfSums a) {
 LSC_KERNEL(kElementThreads, 1) pair_gradients(LSC_ARGUMENT PairGradients a) {
   const int64_t at = block_index() * kElementThreads + thread_index();
   if (at >= a.in.count) return;
-  const double upstream = double(a.grad[at * a.grad_stride]) * a.factor;
+  const double upstream = double(upstream_at(a.grad, at)) * a.factor;
   const Pair pair = pair_at(a.in, at);
   // a slope that nobody asked for counts for nothing, even if it is NaN
   const double push = upstream == 0 ? 0.0 : upstream * log_sigmoid_slope(pair.z, pair.low);
   const double pull = upstream == 0 || a.in.center == 0 ? 0.0 : upstream * 2 * a.in.center * pair.both;
-  store_one(a.in.dtype, a.chosen, at, float(pull - push));
-  store_one(a.in.dtype, a.rejected, at, float(pull + push));
+  if (a.chosen) store_one(a.in.dtype, a.chosen, at, float(pull - push));
+  if (a.rejected) store_one(a.in.dtype, a.rejected, at, float(pull + push));
   if (a.margin) a.margin[at] = float(push);
 }
 
@@ -129,16 +130,17 @@ static Tensor bradley_terry_loss_forward(
 
 static std::tuple<Tensor, Tensor, Tensor> bradley_terry_loss_backward(
     Tensor grad, Tensor chosen, Tensor rejected, std::optional<Tensor> margin, double margin_number, double center,
-    int64_t reduction, bool want_margin) {
+    int64_t reduction, bool want_chosen, bool want_rejected, bool want_margin) {
   const PairTensors in(chosen, rejected, margin, margin_number, center);
-  const Tensor upstream = dense(grad);
-  const Tensor to_chosen = empty_on(chosen, chosen.sizes(), chosen.scalar_type());
-  const Tensor to_rejected = empty_on(chosen, chosen.sizes(), rejected.scalar_type());
+  const UpstreamTensor upstream(grad);
+  const auto to_scores = [](bool wanted, const Tensor& scores) {
+    return wanted ? empty_on(scores, scores.sizes(), scores.scalar_type()) : nothing_on(scores, scores.scalar_type());
+  };
+  const Tensor to_chosen = to_scores(want_chosen, chosen), to_rejected = to_scores(want_rejected, rejected);
   const Tensor to_margin = wanted_on(want_margin, in.chosen);
-  const int64_t stride = Reduction(reduction) == Reduction::none ? 1 : 0;
   launch(&pair_gradients, element_blocks(in.pairs.count), kElementThreads, chosen,
-         PairGradients{in.pairs, floats(upstream), stride, in.scale(reduction), to_chosen.data_ptr(), to_rejected.data_ptr(),
-                       want_margin ? floats(to_margin) : nullptr});
+         PairGradients{in.pairs, upstream.kernel, in.scale(reduction), want_chosen ? to_chosen.data_ptr() : nullptr,
+                       want_rejected ? to_rejected.data_ptr() : nullptr, want_margin ? floats(to_margin) : nullptr});
   return {to_chosen, to_rejected, to_margin};
 }
 

@@ -1,8 +1,10 @@
 // kl_from_logprobs on CUDA, from float32 log-probabilities: a thread a token, in double. Forward reads 2 floats and writes 1
 // per token; backward reads 3 and writes each wanted gradient.
 #include "cuda/tensors.h"
+#include "cuda/upstream.h"
 #include "math/kl_arguments.h"
 #include "tensors/kl.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 namespace cuda {
@@ -23,7 +25,7 @@ struct LogprobForward {
 
 struct LogprobBackward {
   LogprobTokens in;
-  const float* grad;
+  Upstream grad;
   float *to_logprobs, *to_ref;  // null where not wanted
 };
 
@@ -36,7 +38,7 @@ LSC_KERNEL(kTokenThreads, 4) kl_forward(LSC_ARGUMENT LogprobForward a) {
 LSC_KERNEL(kTokenThreads, 4) kl_backward(LSC_ARGUMENT LogprobBackward a) {
   const int64_t i = block_index() * kTokenThreads + thread_index();
   if (i >= a.in.count) return;
-  const double upstream = a.grad[i];
+  const double upstream = upstream_at(a.grad, i);
   double to_logprob = 0, to_ref = 0;
   if (!(a.in.mask && !a.in.mask[i]) && upstream != 0) {
     const KLValue<double> value = value_at(a.in.logprobs[i], a.in.ref_logprobs[i], a.in.kl, i);
@@ -81,9 +83,10 @@ static std::tuple<Tensor, Tensor> backward(
     int64_t kind, bool straight_through, Clamp log_ratio_clamp, Clamp kl_clamp, bool want_logprobs, bool want_ref) {
   const LogprobTensors in(logprobs, ref_logprobs, mask, old_logprobs, kind, straight_through, log_ratio_clamp, kl_clamp);
   const auto gradient = [&](bool wanted) { return wanted ? floats_on(logprobs, logprobs.sizes()) : nothing_on(logprobs); };
-  const Tensor upstream = dense(grad), to_logprobs = gradient(want_logprobs), to_ref = gradient(want_ref);
+  const UpstreamTensor upstream(grad);
+  const Tensor to_logprobs = gradient(want_logprobs), to_ref = gradient(want_ref);
   launch(&kl_backward, in.blocks(), kTokenThreads, logprobs,
-         LogprobBackward{in.kernel, floats(upstream), want_logprobs ? floats(to_logprobs) : nullptr,
+         LogprobBackward{in.kernel, upstream.kernel, want_logprobs ? floats(to_logprobs) : nullptr,
                          want_ref ? floats(to_ref) : nullptr});
   return {to_logprobs, to_ref};
 }

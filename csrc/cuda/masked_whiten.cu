@@ -2,8 +2,10 @@
 // waits for memory. Moments read x and the mask once, and whitening once more; gradients read g as well, both times.
 #include "cuda/mask.h"
 #include "cuda/transform_tensors.h"
+#include "cuda/upstream.h"
 #include "math/whitening.h"
 #include "tensors/mask.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 namespace cuda {
@@ -13,7 +15,7 @@ constexpr int kOwnElements = 8;
 struct Elements {
   TypedData x;
   MaskRows mask;
-  const float* grad;  // null where there is none
+  Upstream grad;  // with null data where there is none
   int64_t count;
   const Moments* moments;
 };
@@ -55,7 +57,7 @@ LSC_DEVICE Own own_elements(const Elements& in, double mean) {
     const bool counted = at < in.count && is_counted(in.mask, 0, at);
     own.counted[i] = counted;
     own.centred[i] = counted ? load_one(in.x.dtype, in.x.data, at) - mean : 0.0;
-    own.upstream[i] = counted && in.grad ? in.grad[at] : 0.0;
+    own.upstream[i] = counted && in.grad.data ? upstream_at(in.grad, at) : 0.0;
   }
   return own;
 }
@@ -109,14 +111,14 @@ LSC_KERNEL(kElementThreads, 4) whiten(LSC_ARGUMENT WhitenApply a) {
   const bool counted = is_counted(a.in.mask, 0, at);
   const double x = counted ? load_one(a.in.x.dtype, a.in.x.data, at) : 0.0;
   double result;
-  if (a.in.grad) {
+  if (a.in.grad.data) {
     const WhiteningGradient rule = whitening_gradient_of(*a.in.moments, *a.sums, a.shift_mean, a.eps, a.correction);
-    result = rule.of_grad * a.in.grad[at] + (rule.of_centred * (x - rule.mean) + rule.constant);
+    result = rule.of_grad * upstream_at(a.in.grad, at) + (rule.of_centred * (x - rule.mean) + rule.constant);
   } else {
     const Whitening rule = whitening_of(*a.in.moments, a.shift_mean, a.eps, a.correction);
     result = rule.scale * (x - rule.mean) + rule.shift;
   }
-  store_one(a.in.grad ? a.in.x.dtype : DType::float32, a.out, at, counted ? float(result) : 0.0f);
+  store_one(a.in.grad.data ? a.in.x.dtype : DType::float32, a.out, at, counted ? float(result) : 0.0f);
 }
 
 namespace {
@@ -124,12 +126,13 @@ namespace {
 // Tensors held alive while a launch is prepared.
 struct WhitenTensors {
   Tensor x;
-  std::optional<Tensor> mask, grad, moments;
+  std::optional<Tensor> mask, moments;
+  std::optional<UpstreamTensor> grad;
   Elements kernel;
 
   WhitenTensors(const Tensor& given, const std::optional<Tensor>& masks, const std::optional<Tensor>& all, const std::optional<Tensor>& upstream)
-      : x(dense(given)), mask(dense(masks)), grad(dense(upstream)), moments(dense(all)) {
-    kernel = {typed(x), flat_mask(mask), data_or_null<float>(grad), x.numel(), data_or_null<Moments>(moments)};
+      : x(dense(given)), mask(dense(masks)), moments(dense(all)), grad(upstream_of(upstream)) {
+    kernel = {typed(x), flat_mask(mask), upstream_or_none(grad), x.numel(), data_or_null<Moments>(moments)};
   }
 
   int64_t parts() const { return (kernel.count + kOwnElements * kElementThreads - 1) / (kOwnElements * kElementThreads); }

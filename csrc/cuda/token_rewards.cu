@@ -4,7 +4,9 @@
 // On a GPU an index outside [0, T) makes its sequence's rewards NaN, and gives utility no gradient but NaN.
 #include "cuda/placement.h"
 #include "cuda/tensors.h"
+#include "cuda/upstream.h"
 #include "tensors/rewards.h"
+#include "tensors/upstream.h"
 
 namespace lsc {
 namespace cuda {
@@ -23,7 +25,7 @@ struct RewardsForward {
 
 struct RewardsBackward {
   RewardInputs in;
-  const float* grad;
+  Upstream grad;
   RewardGradients out;
 };
 
@@ -40,20 +42,19 @@ LSC_KERNEL(kSequenceThreads, 4) token_rewards_backward(LSC_ARGUMENT RewardsBackw
   LastCountedMemory& memory = block_memory<LastCountedMemory>();
   const RewardInputs& in = a.in;
   const int64_t row = block_index();
-  const float* upstream = a.grad + row * in.length;
   if (a.out.utility) {
     const int64_t place = place_in(memory, in, row);
     if (thread_index() == 0) {
       const float utility = load_one(in.utility.dtype, in.utility.data, row);
       const bool clipped = utility < in.clip_low || utility > in.clip_high;
-      const float gradient = place == kOutside ? NAN : place < 0 || clipped ? 0.0f : upstream[place];
+      const float gradient = place == kOutside ? NAN : place < 0 || clipped ? 0.0f : upstream_at(a.grad, row * in.length + place);
       store_one(in.utility.dtype, a.out.utility, row, gradient);
     }
   }
   if (!a.out.kl && !a.out.dense) return;
   for (int64_t t = thread_index(); t < in.length; t += kSequenceThreads) {
     const int64_t at = row * in.length + t;
-    const float to_dense = is_counted(in.mask, row, t) ? upstream[t] : 0.0f;
+    const float to_dense = is_counted(in.mask, row, t) ? upstream_at(a.grad, at) : 0.0f;
     if (a.out.dense) store_one(in.dense.dtype, a.out.dense, at, to_dense);
     if (a.out.kl) store_one(in.kl.dtype, a.out.kl, at, to_dense == 0 || in.beta == 0 ? 0.0f : float(-in.beta * double(to_dense)));
   }
@@ -73,13 +74,13 @@ static std::tuple<Tensor, Tensor, Tensor> backward(
     std::optional<Tensor> dense_rewards, double beta, int64_t placement, double clip_low, double clip_high, bool want_utility,
     bool want_kl, bool want_dense) {
   const RewardTensors inputs(utility, kl, mask, index, dense_rewards, beta, placement, clip_low, clip_high);
-  const Tensor upstream = dense(grad);
+  const UpstreamTensor upstream(grad);
   const Tensor to_utility = want_utility ? empty_on(kl, utility.sizes(), utility.scalar_type()) : nothing_on(kl);
   const Tensor to_kl = want_kl ? empty_on(kl, kl.sizes(), kl.scalar_type()) : nothing_on(kl);
   const Tensor to_dense = want_dense ? empty_on(kl, kl.sizes(), dense_rewards->scalar_type()) : nothing_on(kl);
   const RewardGradients out{want_utility ? to_utility.data_ptr() : nullptr, want_kl ? to_kl.data_ptr() : nullptr,
                             want_dense ? to_dense.data_ptr() : nullptr};
-  launch(&token_rewards_backward, kl.size(0), kSequenceThreads, kl, RewardsBackward{inputs.kernel, floats(upstream), out});
+  launch(&token_rewards_backward, kl.size(0), kSequenceThreads, kl, RewardsBackward{inputs.kernel, upstream.kernel, out});
   return {to_utility, to_kl, to_dense};
 }
 

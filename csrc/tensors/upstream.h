@@ -23,7 +23,8 @@ struct UpstreamTensor {
     int dimensions;
     int64_t sizes[2], strides[2];
     if (!join_dimensions(tensor, tensor.dim(), 2, dimensions, sizes, strides)) return false;
-    kernel = {floats(tensor), sizes[dimensions - 1], dimensions == 2 ? strides[0] : 0, strides[dimensions - 1]};
+    const int64_t inner = sizes[dimensions - 1], stride = strides[dimensions - 1];
+    kernel = {floats(tensor), inner, dimensions == 2 ? strides[0] : inner * stride, stride};
     return kernel.inner_stride == 0 || kernel.inner_stride == 1;
   }
 };

@@ -106,8 +106,12 @@ def backward(
     ================  =====================================  ==========================
     """
     kept = token_logprobs.counted(actions, mask)
-    log_p, log_q = log_softmax(policy_logits, temperature), log_softmax(ref_logits, temperature)
-    p, q = log_p.exp(), log_q.exp()
+    log_p = log_softmax(policy_logits, temperature)
+    p = log_p.exp()
+    log_q, q = log_p, p  # where the reference is not read
+    if want_ref or options.kind.startswith("full"):
+        log_q = log_softmax(ref_logits, temperature)
+        q = log_q.exp()
     index = actions.long().clamp(0, p.shape[-1] - 1).unsqueeze(-1)
     one_hot = torch.zeros_like(p).scatter_(-1, index, 1.0)
     logprobs, ref_logprobs = token_logprobs.at_action(log_p, actions), state

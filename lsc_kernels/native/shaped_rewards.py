@@ -27,18 +27,16 @@ def forward(
     reward: RewardSide, policy: PolicySide, kl_options: KLOptions, reward_options: RewardOptions
 ) -> Outputs:
     beta, placement, low, high = reward_options
-    outputs = Outputs(
-        *_ops.shaped_rewards_forward(
-            *reward[:7],
-            *(*operand(reward.reference_reward), *operand(reward.scale), *operand(reward.floor)),
-            *(float_or_none(reward.weights), reward.ignore_missing, reward.program),
-            *(policy.policy, policy.ref, policy.actions, policy.mask, policy.old_logprobs),
-            *split_temperature(policy.temperature),
-            *arguments(kl_options),
-            *(policy.place, policy.dense, beta, PLACEMENTS.index(placement), low, high),
-        )
+    rewards, utility, scores, *rest = _ops.shaped_rewards_forward(
+        *reward[:7],
+        *(*operand(reward.reference_reward), *operand(reward.scale), *operand(reward.floor)),
+        *(float_or_none(reward.weights), reward.ignore_missing, reward.program),
+        *(policy.policy, policy.ref, policy.actions, policy.mask, policy.old_logprobs),
+        *split_temperature(policy.temperature),
+        *arguments(kl_options),
+        *(policy.place, policy.dense, beta, PLACEMENTS.index(placement), low, high),
     )
-    return outputs if reward.scores is None else outputs._replace(scores=reward.scores)
+    return Outputs(rewards, utility, scores if reward.scores is None else reward.scores, *rest)
 
 
 @torch.library.register_fake("lsc_kernels::shaped_rewards_forward")

@@ -1,8 +1,8 @@
 """What the ops' autograd functions share.
 
-Their first argument, ``call``, is a tuple of what no gradient reaches: kernels, options, masks and ids. The tensors that
-may have one follow. PyTorch asks of each argument several times whether it is a tensor, and takes longest over those that
-are not.
+Their first argument, ``call``, is a tuple of what no gradient reaches: kernels, options, masks and ids. The tensors
+that may have one follow. PyTorch asks of each argument several times whether it is a tensor, and takes longest over
+those that are not.
 """
 
 from __future__ import annotations

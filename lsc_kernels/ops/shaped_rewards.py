@@ -140,32 +140,25 @@ def shaped_rewards(
     elif hidden is not None:
         check_head(*head)
 
-    policy_side, per_token = _policy_side(
+    first, second, ids, counted, tau = _policy_side(
         policy, ref, actions, mask, policy_logprobs, ref_logprobs, temperature
     )
-    kinds = kl_from_logprobs.KINDS if policy_side.actions is None else token_kl.KINDS
+    per_token, device = first.shape[:2], first.device
+    kinds = kl_from_logprobs.KINDS if ids is None else token_kl.KINDS
     kl_options = kl_from_logprobs.kl_options(kl, grad, log_ratio_clamp, kl_clamp, kinds)
     placing = reward_options(beta, placement, placement_index, utility_clip)
-    _check_placement(placement_index, dense, policy_side.policy, per_token)
+    _check_placement(placement_index, dense, first, per_token)
     if old_logprobs is not None:
-        device = policy_side.policy.device
         old_logprobs = _checks.old_logprobs(old_logprobs, per_token, "[B, T]", device)
-    policy_side = policy_side._replace(
-        old_logprobs=old_logprobs,
-        place=placement_index,
-        dense=dense,
-    )
+    policy_side = PolicySide(first, second, ids, counted, old_logprobs, tau, placement_index, dense)
     head = head if scores is None else (None,) * 6
-    reward_side = RewardSide._make([*head, scores, 0.0, 1.0, 0.0, None, missing == "ignore", None])
     operands = {"reference_reward": reference_reward, "scale": scale, "floor": floor, "weights": weights}
-    reward_side = _aggregation(
-        reward_side, operands, formula, names, missing, per_token[0], policy_side.policy
-    )
+    reward_side = _reward_side(head, scores, operands, formula, names, missing, per_token[0], device)
 
-    every = (*tensors(*reward_side), policy_side.policy, policy_side.ref, *tensors(dense))
+    every = (*tensors(*reward_side), first, second, *tensors(dense))
     kernels = select("shaped_rewards", *every)
     if wants_grad(*every):
-        keep_ref = policy_side.actions is None or token_kl.reads_ref(kl_options, policy_side.ref)
+        keep_ref = ids is None or token_kl.reads_ref(kl_options, second)
         leaves, fixed = _parted(reward_side, policy_side)
         outputs = _apply((kernels, kl_options, placing, keep_ref, fixed), *leaves)
     else:
@@ -173,7 +166,7 @@ def shaped_rewards(
     rewards, utility, own_scores, divergence, logprobs, reference, entropy = outputs[:7]
     return ShapedRewards(
         *(rewards, utility, own_scores if scores is None else scores.to(utility.dtype), divergence),
-        *(logprobs, reference, None if policy_side.actions is None else entropy),
+        *(logprobs, reference, None if ids is None else entropy),
     )
 
 
@@ -185,8 +178,8 @@ def _policy_side(
     policy_logprobs: object,
     ref_logprobs: object,
     temperature: float | Tensor,
-) -> tuple[PolicySide, torch.Size]:
-    """Check what says what the two models think, and [B, T]."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float | Tensor]:
+    """Check what says what the two models think: :class:`PolicySide` down to the mask, and the temperature."""
     if (policy_logprobs is None) != (ref_logprobs is None):
         raise ValueError("policy_logprobs and ref_logprobs go together; got only one of them")
     if (policy is None and ref is None) == (policy_logprobs is None):
@@ -206,11 +199,11 @@ def _policy_side(
     per_token = first.shape[:2]
     given = None if mask is None else _checks.mask("mask", mask, per_token, "[B, T]", first.device)
     if not from_logits:
-        return PolicySide(first, second, None, given, None, 1.0, None, None), per_token
+        return first, second, None, given, 1.0
     ids = _checks.integer("actions", actions)
     _checks.like("actions", ids, per_token, "[B, T]", "policy", first.device)
     tau = _checks.temperature(temperature, ids, given, first.device)
-    return PolicySide(first, second, ids, given, None, tau, None, None), per_token
+    return first, second, ids, given, tau
 
 
 def _check_placement(
@@ -224,47 +217,47 @@ def _check_placement(
         _checks.like("dense", dense, per_token, "[B, T]", "policy", policy.device)
 
 
-def _aggregation(
-    side: RewardSide,
+def _reward_side(
+    head: tuple[Any, ...],
+    scores: object,
     operands: dict[str, Any],
     formula: Formula | str | None,
     names: Sequence[str] | None,
     missing: str,
     batch: int,
-    policy: Tensor,
+    device: torch.device,
 ) -> RewardSide:
-    """Check the reward side, and broadcast its operands against the scores [B, K]."""
-    if side.scores is not None:
-        columns = _checks.floating("scores", side.scores)
+    """Check the reward side, of which the head is checked, and broadcast its operands against the scores [B, K]."""
+    if scores is not None:
+        given = columns = _checks.floating("scores", scores)
         if columns.dim() != 2:
             raise ValueError(f"scores must be [B, K]; got {list(columns.shape)}")
         source = "scores"
     else:
-        assert side.hidden is not None and side.weight is not None
-        sequences = side.hidden.shape[0] if side.cu_seqlens is None else side.cu_seqlens.shape[0] - 1
-        columns = side.weight.new_empty(1).expand(sequences, side.weight.shape[0])
+        given = None
+        hidden, weight, *_, cu_seqlens = head
+        sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        columns = weight.new_empty(1).expand(sequences, weight.shape[0])
         source = "hidden"
     if columns.shape[0] != batch:
         raise ValueError(f"{source} must have one entry per sequence, B = {batch}; got {columns.shape[0]}")
-    _checks.same_device(source, columns, "policy", policy.device)
-    names = check_properties(columns.shape[1], names, missing, policy.device)
+    _checks.same_device(source, columns, "policy", device)
+    names = check_properties(columns.shape[1], names, missing, device)
     weights = operands["weights"]
     if weights is not None:
         _checks.floating("weights", weights)
-        _checks.same_device("weights", weights, "policy", policy.device)
+        _checks.same_device("weights", weights, "policy", device)
     program, read, weights = logic_of(formula, names, columns, weights)
-    if missing == "raise" and side.scores is not None:
-        check_present(side.scores, read)
-    checked = {
-        name: operand(name, operands[name], policy.device) for name in ("reference_reward", "scale", "floor")
-    }
+    if missing == "raise" and given is not None:
+        check_present(given, read)
+    checked = {name: operand(name, operands[name], device) for name in ("reference_reward", "scale", "floor")}
     shaped, spread_out = spread("scores", columns, {**checked, "weights": weights})
     if shaped.shape != columns.shape:
         raise ValueError(
             f"reference_reward, scale, floor and weights must broadcast to [B, K] = {list(columns.shape)}; "
             f"got {list(shaped.shape)}"
         )
-    return side._replace(**dict(zip(operands, spread_out, strict=True)), program=program)
+    return RewardSide._make((*head, given, *spread_out, missing == "ignore", program))
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -294,12 +287,10 @@ def _parted(reward: RewardSide, policy: PolicySide) -> tuple[_Leaves, tuple[Any,
     return leaves, (*reward[3:6], reward.floor, *reward[11:], *policy[2:7])
 
 
-def _joined(leaves: _Leaves, fixed: Sequence[Any]) -> tuple[RewardSide, PolicySide]:
-    floor, ignore_missing, program = fixed[3:6]
-    reward = RewardSide._make(
-        [*leaves[:3], *fixed[:3], *leaves[3:6], floor, leaves.weights, ignore_missing, program]
-    )
-    return reward, PolicySide(leaves.policy, leaves.ref, *fixed[6:], leaves.dense)
+def _joined(leaves: Sequence[Any], fixed: Sequence[Any]) -> tuple[RewardSide, PolicySide]:
+    *head_and_scale, weights, policy, ref, dense = leaves
+    reward = (*head_and_scale[:3], *fixed[:3], *head_and_scale[3:], fixed[3], weights, *fixed[4:6])
+    return RewardSide._make(reward), PolicySide._make((policy, ref, *fixed[6:], dense))
 
 
 class _ShapedRewards(torch.autograd.Function):
@@ -310,7 +301,7 @@ class _ShapedRewards(torch.autograd.Function):
         ctx: Any,
         call: tuple[ModuleType, KLOptions, RewardOptions, bool, tuple[Any, ...]],
         *given: Any,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         kernels, kl_options, placing, keep_ref, fixed = call
         leaves = _Leaves(*given)
         outputs = kernels.forward(*_joined(leaves, fixed), kl_options, placing)
@@ -319,20 +310,17 @@ class _ShapedRewards(torch.autograd.Function):
         ctx.call = kernels, kl_options, placing
         kept = leaves if keep_ref else leaves._replace(ref=None)
         save_operands(ctx, *kept, *fixed, outputs.utility, outputs.scores, outputs.kl, outputs.state)
-        if leaves.scores is not None:
-            outputs = outputs._replace(scores=outputs.kl.new_empty(0))
-            ctx.mark_non_differentiable(outputs.scores)
-        return tuple(outputs)
+        rewards, utility, scores, *rest = outputs
+        return rewards, utility, scores if leaves.scores is None else None, *rest
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         operands = saved_operands(ctx)
         split = len(_Leaves._fields)
-        sides = _joined(_Leaves(*operands[:split]), operands[split:-4])
+        sides = _joined(operands[:split], operands[split:-4])
         with torch.no_grad():
-            gradients = _gradients(
-                *ctx.call, *sides, operands[-4:], upstream, _Leaves(*ctx.needs_input_grad[1:])
-            )
+            wants = _Leaves._make(ctx.needs_input_grad[1:])
+            gradients = _gradients(ctx.call, *sides, operands[-4:], upstream, wants)
         sources = (*upstream, *tensors(*operands[:-4]))
         return None, *(first_derivative("shaped_rewards", each, *sources) for each in gradients)
 
@@ -341,15 +329,14 @@ _apply = quick_apply(_ShapedRewards)
 
 
 def _gradients(
-    kernels: ModuleType,
-    kl_options: KLOptions,
-    placing: RewardOptions,
+    call: tuple[ModuleType, KLOptions, RewardOptions],
     reward: RewardSide,
     policy: PolicySide,
     saved: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
     wants: _Leaves,
 ) -> _Leaves:
+    kernels, kl_options, placing = call
     policy = with_counted(policy)
     utility, scores, kl, state = saved
     to_rewards, to_utility, to_scores, to_kl, to_logprobs, to_ref_logprobs, to_entropy, _ = upstream
@@ -397,7 +384,9 @@ def _gradients(
             to_kl, *precise, policy.mask, policy.old_logprobs, kl_options, wants.policy, wants.ref
         )
 
-    def with_copy(wanted: bool, gradient: Tensor | None, copied: Tensor | None, given: Tensor) -> Tensor | None:
+    def with_copy(
+        wanted: bool, gradient: Tensor | None, copied: Tensor | None, given: Tensor
+    ) -> Tensor | None:
         """The gradient with that to the copy among the outputs."""
         if copied is None or not wanted:
             return gradient

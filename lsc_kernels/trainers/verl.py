@@ -91,8 +91,9 @@ def compute_gae_advantage_return(
         token counts the advantages are 0; verl raises.
     """
     options = preset("verl").gae | {"gamma": float(gamma), "lam": float(lam)}
-    advantages, returns = gae(token_level_rewards, values, response_mask, **options)
-    return masked_whiten(advantages, response_mask), returns
+    counted = response_mask != 0  # verl's is int64, eight bytes a token, and it is read three times
+    advantages, returns = gae(token_level_rewards, values, counted, **options)
+    return masked_whiten(advantages, counted), returns
 
 
 @torch.no_grad()
@@ -175,8 +176,9 @@ def _reinforce_plus_plus(
     token_level_rewards: Tensor, response_mask: Tensor, config: Any, index: Any = None, **others: Any
 ) -> tuple[Tensor, Tensor]:
     """verl's ``reinforce_plus_plus``: discounted returns per token, whitened over the batch."""
-    returns = discounted_returns(token_level_rewards, response_mask, gamma=float(config.gamma))
-    return masked_whiten(returns, response_mask), returns
+    counted = response_mask != 0
+    returns = discounted_returns(token_level_rewards, counted, gamma=float(config.gamma))
+    return masked_whiten(returns, counted), returns
 
 
 ESTIMATORS: dict[str, Estimator] = {

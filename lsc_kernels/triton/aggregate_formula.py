@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lsc_kernels.triton._launch import launch
+from lsc_kernels.triton._launch import launch, per_row
 from lsc_kernels.triton.formula import (
     NUMBERS,
     PROPERTY,
@@ -130,9 +130,8 @@ def run(
         if gradient is not None:
             gradient.zero_()
     own, formula = rows_and_columns(scores), program_on(tuple(program), scores.device)
-    given = (None, 1) if grad is None else (grad.contiguous(), 1)
     spread = (each for value in operands for each in operand(value, scores.shape))
     launch(
-        _kernel, (own.shape[0],), scores.device, formula, formula.shape[0], *given, own, *own.stride(),
+        _kernel, (own.shape[0],), scores.device, formula, formula.shape[0], *per_row(grad), own, *own.stride(),
         *spread, *outputs, own.shape[1], ignore_missing, SLOTS=slots(formula),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lsc_kernels.eager.lsc_transform import reduced
 from lsc_kernels.triton import aggregate_formula
-from lsc_kernels.triton._launch import block, launch, operator
+from lsc_kernels.triton._launch import block, launch, operator, per_row
 from lsc_kernels.triton.log_sigmoid import Operand, centred, operand_at, utility
 from lsc_kernels.triton.lsc_transform import (
     has_floor,
@@ -125,11 +125,10 @@ def _run(
     own = rows_and_columns(scores)
     columns = min(triton.next_power_of_2(own.shape[1]), MOST_COLUMNS)
     rows = BLOCK // columns
-    given = (None, 1) if grad is None else (grad.contiguous(), 1)
     spread = (each for value in operands for each in operand(value, scores.shape))
     launch(
-        _kernel, (triton.cdiv(own.shape[0], rows),), scores.device, *given, own, *own.stride(), *spread, *outputs,
-        own.shape[1], own.shape[0], ignore_missing, has_floor(operands[2]), ROWS=rows, COLUMNS=columns,
+        _kernel, (triton.cdiv(own.shape[0], rows),), scores.device, *per_row(grad), own, *own.stride(), *spread,
+        *outputs, own.shape[1], own.shape[0], ignore_missing, has_floor(operands[2]), ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lsc_kernels.eager.bradley_terry_loss import REDUCTIONS
 from lsc_kernels.eager.lsc_transform import reduced
-from lsc_kernels.triton._launch import launch, operator
+from lsc_kernels.triton._launch import launch, operator, per_row
 from lsc_kernels.triton.log_sigmoid import centred, utility
 from lsc_kernels.triton.lsc_transform import joined, split, wanted_like
 from lsc_kernels.triton.token_rows import narrow
@@ -144,9 +144,9 @@ def _backward(
     gradients = _fake_gradients(grad, chosen, rejected, *wants)
     how = REDUCTIONS[reduction]
     factor = 1.0 / chosen.numel() if how == "mean" and chosen.numel() else 1.0
-    upstream = (grad.contiguous(), 1 if how == "none" else 0, factor)
     wanted = (gradient if want else None for gradient, want in zip(gradients, wants, strict=True))
-    _run(upstream, chosen, rejected, joined(margin, margin_number), center, (None, None, *wanted))
+    given = (*(per_row(grad) if how == "none" else (grad, 0)), factor)
+    _run(given, chosen, rejected, joined(margin, margin_number), center, (None, None, *wanted))
     return gradients
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lsc_kernels.eager.lsc_transform import reduced
-from lsc_kernels.triton._launch import block, launch, operator
+from lsc_kernels.triton._launch import block, launch, operator, per_row
 from lsc_kernels.triton.log_sigmoid import Operand, centred, operand_at, utility
 from lsc_kernels.triton.token_rows import narrow
 
@@ -97,10 +97,9 @@ def wanted_like(scores: Tensor, wanted: bool) -> Tensor:
 
 def _run(grad: Tensor | None, scores: Tensor, operands: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
     own = rows_and_columns(scores)
-    given = None if grad is None else grad.contiguous()
     spread = (each for value in operands for each in operand(value, scores.shape))
     launch(
-        _kernel, (triton.cdiv(scores.numel(), BLOCK),), scores.device, given, 1, own, *own.stride(), *spread,
+        _kernel, (triton.cdiv(scores.numel(), BLOCK),), scores.device, *per_row(grad), own, *own.stride(), *spread,
         *outputs, own.shape[1], scores.numel(), has_floor(operands[2]), BLOCK=BLOCK,
     )  # fmt: skip
 
