@@ -94,7 +94,8 @@ def in_fp64(textbook: Function) -> Function:
 
 
 def test_gae(compare: Any, size: Any, generator: Generator) -> None:
-    """No backward pass: trainers compute advantages without one, and their loop has none."""
+    """No backward pass: trainers compute advantages without one, and their loop has none. No torch.compile: it traces every
+    one of thousands of steps and does not end within minutes."""
     rewards, values = torch.randn(2, size.sequences, size.length, generator=generator)
     mask = lengths_mask(size, generator)
 
@@ -107,6 +108,7 @@ def test_gae(compare: Any, size: Any, generator: Generator) -> None:
         reads=(rewards, values),
         shape={"B": size.sequences, "T": size.length},
         dtype=torch.float32,
+        compile=False,
     )
 
 

@@ -554,14 +554,19 @@ def test_formulas_with_every_operand(
     shapes = ((rows, columns), (columns,), (rows, 1), (rows, columns), (columns,))
     scores, reference, scale, weights, floor = (torch.rand(shape, generator=generator) for shape in shapes)
     scores, floor[0] = ((scores - 0.5) * 40).to(dtype), 0.0
+    scores[::5] *= 20  # beyond what probabilities themselves could say
     upstream = torch.randn(rows, generator=generator)
-    check_against_fp64(
-        lambda r, ref, s, w: lk.aggregate_rewards(r, ref, scale=s, weights=w, floor=floor, formula=formula),
-        upstream,
-        [scores, reference, scale + 0.5, weights],
-        3e-6,
-        full=(rows, columns),
-    )
+    for name in instruction_sets(backend):
+        with instruction_set(name):
+            check_against_fp64(
+                lambda r, ref, s, w: lk.aggregate_rewards(
+                    r, ref, scale=s, weights=w, floor=floor, formula=formula
+                ),
+                upstream,
+                [scores, reference, scale + 0.5, weights],
+                3e-6,
+                full=(rows, columns),
+            )
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
@@ -586,6 +591,33 @@ def test_a_row_of_a_formula_depends_on_nothing_beside_it(backend: str, generator
         assert torch.equal(whole.view(3, rows // 3), shaped)
     for count in (0, 1):
         assert lk.aggregate_rewards(scores[:count], 0.1, formula=FORMULAS[0]).shape == (count,)
+
+
+@pytest.mark.parametrize("missing", ["propagate", "ignore"])
+def test_a_row_of_a_formula_depends_neither_on_its_place_nor_on_what_is_far_out_beside_it(
+    backend: str, generator: Generator, missing: str
+) -> None:
+    rows = few(301)
+    scores = torch.randn(rows, 7, generator=generator) * 5
+    scores[1::7] *= 40
+    scores[::4, 2], scores[::5, 5], scores[::6, 0] = torch.nan, torch.inf, -torch.inf
+    weights = torch.rand(7, generator=generator)
+
+    def both(of: Tensor) -> list[Tensor]:
+        value, gradients = with_gradients(
+            lambda r, w: lk.aggregate_rewards(r, 0.1, formula=FORMULAS[3], weights=w, missing=missing),
+            torch.ones(len(of)),
+            [of, weights.expand(of.shape)],
+        )
+        assert gradients[0] is not None and gradients[1] is not None
+        return [value, gradients[0], gradients[1]]
+
+    for name in instruction_sets(backend):
+        with instruction_set(name):
+            whole = both(scores)
+            pieces = [both(piece) for piece in scores.split(few(37))]
+            for each, parts in zip(whole, zip(*pieces, strict=True), strict=True):
+                assert torch.equal(each.nan_to_num(nan=7.0), torch.cat(parts).nan_to_num(nan=7.0))
 
 
 @pytest.mark.parametrize("formula", [FORMULAS[3], lk.prop("a") & ~(lk.prop("b") ** 2), None])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _modes import compile_once, needs_native
@@ -50,7 +51,49 @@ def test_a_group_size_is_ids_in_a_row(backend: str, generator: Generator) -> Non
     utility = torch.randn(24, generator=generator)
     for size in (1, 4, 24):
         expected = lk.group_advantages(utility, torch.arange(24) // size)
-        assert torch.equal(lk.group_advantages(utility, size), expected)
+        for given in (size, np.int64(size)):
+            assert torch.equal(lk.group_advantages(utility, given), expected)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "gdpo"])
+def test_where_members_lie_does_not_matter(backend: str, generator: Generator, method: str) -> None:
+    """Groups side by side, dealt out in turn, shuffled, with ids near and far: the same bits."""
+    size, groups = 11, 5
+    shape = (size * groups, 3) if method == "gdpo" else (size * groups,)
+    utility, upstream = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
+    expected, (expected_gradient,) = with_gradients(
+        lambda u: lk.group_advantages(u, size, method=method), upstream, [utility]
+    )
+    side_by_side = torch.arange(size * groups)
+    in_turn = side_by_side.view(groups, size).mT.flatten()
+    # a group's members keep their order: sums have one
+    shuffled = torch.randint(groups, (size * groups,), generator=generator).argsort(stable=True).argsort()
+    for order in (side_by_side, in_turn, shuffled):
+        for far in (1, -(10**15)):
+            ids = order // size * far
+            got, (gradient,) = with_gradients(
+                lambda u, ids=ids: lk.group_advantages(u, ids, method=method),
+                upstream[order],
+                [utility[order]],
+            )
+            assert gradient is not None and expected_gradient is not None
+            if method == "gdpo":  # the batch has an order, too
+                torch.testing.assert_close(got, expected[order], rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(gradient, expected_gradient[order], rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(got, expected[order]) and torch.equal(gradient, expected_gradient[order])
+
+
+def test_a_group_depends_on_nothing_beside_it(backend: str, generator: Generator) -> None:
+    utility = torch.randn(40_000 if backend == "native" else 64, generator=generator)
+    whole = lk.group_advantages(utility, 8)
+    assert torch.equal(whole[16:32], lk.group_advantages(utility[16:32], 8))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(whole, lk.group_advantages(utility, 8))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def trl_sum(rewards: Tensor, size: int, weights: Tensor, normalize_first: bool) -> Tensor:
@@ -211,9 +254,9 @@ def test_compile(backend: str, generator: Generator) -> None:
 @needs_native
 def test_opcheck(generator: Generator) -> None:
     ops, ids = torch.ops.lsc_kernels, torch.tensor(IDS)
-    utility = torch.randn(len(IDS), 3, generator=generator).double()
-    for weights in (None, torch.ones(3).double()):
-        arguments = (utility, ids, weights, True, False, True, 1e-4)
+    utility = torch.randn(len(IDS), 3, generator=generator)
+    for groups, weights in (((ids, 0), None), ((None, 5), torch.ones(3).double())):
+        arguments = (utility, *groups, weights, True, False, True, 1e-4)
         torch.library.opcheck(ops.group_advantages_forward, arguments)
         torch.library.opcheck(ops.group_advantages_backward, (torch.ones(len(IDS)), *arguments))
 
@@ -238,6 +281,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: lk.group_advantages(U, True),
         TypeError,
         "group must be a tensor of ids or a group size; got bool",
+    ),
+    (
+        lambda: lk.group_advantages(U, 3.0),
+        TypeError,
+        "group must be a tensor of ids or a group size; got float",
     ),
     (
         lambda: lk.group_advantages(U, [0] * 6),

@@ -1,156 +1,151 @@
-// group_advantages on the CPU. A number per sequence, once per step: plain fp64, one thread, no build per instruction set.
+// group_advantages on the CPU: which rows are in a group, and threads over the groups. In fp64 inside.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <numeric>
 
+#include "cpu/kernels/group_advantages.h"
 #include "cpu/segments.h"
 #include "cpu/tensors.h"
-#include "math/group_spread.h"
 
 namespace lsc {
 
 namespace {
 
 // The members of each group, one group after another, each in the order of the batch.
-struct Groups {
-  std::vector<int64_t> members, bounds{0};
+class Members {
+ public:
+  int64_t count;
 
-  explicit Groups(const Tensor& ids) : members(ids.size(0)) {
-    std::vector<int64_t> id(members.size());
-    for (size_t i = 0; i < id.size(); ++i) id[i] = integer_at(ids, int64_t(i));
-    std::iota(members.begin(), members.end(), 0);
-    std::stable_sort(members.begin(), members.end(), [&](int64_t a, int64_t b) { return id[a] < id[b]; });
-    for (size_t i = 1; i <= members.size(); ++i) {
-      if (i == members.size() || id[members[i]] != id[members[i - 1]]) bounds.push_back(int64_t(i));
-    }
+  Members(const std::optional<Tensor>& ids, int64_t size, int64_t batch) : count(ids ? 0 : batch / size), size_(size), largest_(size) {
+    if (ids) by_id(*ids, batch);
   }
 
   // The whole batch as one.
-  explicit Groups(int64_t batch) : members(batch) {
-    std::iota(members.begin(), members.end(), 0);
-    if (batch) bounds.push_back(batch);
+  explicit Members(int64_t batch) : count(batch > 0), size_(batch), largest_(batch) {}
+
+  Groups groups() const {
+    return {order_.empty() ? nullptr : order_.data(), bounds_.empty() ? nullptr : bounds_.data(), size_, largest_};
   }
 
-  template <typename Each>
-  void for_each(const Each& each) const {
-    for (size_t g = 0; g + 1 < bounds.size(); ++g) each(members.data() + bounds[g], bounds[g + 1] - bounds[g]);
+ private:
+  void by_id(const Tensor& ids, int64_t batch) {
+    std::vector<int64_t> id(batch);
+    for (int64_t i = 0; i < batch; ++i) id[i] = integer_at(ids, i);
+    if (!std::is_sorted(id.begin(), id.end())) sort(id);
+    const auto id_at = [&](int64_t place) { return id[order_.empty() ? place : order_[place]]; };
+    bounds_.push_back(0);
+    for (int64_t i = 1; i <= batch; ++i) {
+      if (i < batch && id_at(i) == id_at(i - 1)) continue;
+      largest_ = std::max(largest_, i - bounds_.back());
+      bounds_.push_back(i);
+    }
+    count = int64_t(bounds_.size()) - 1;
   }
+
+  // By counting, where ids lie as close together as those of prompts do.
+  void sort(const std::vector<int64_t>& id) {
+    order_.resize(id.size());
+    const auto [least, most] = std::minmax_element(id.begin(), id.end());
+    const uint64_t range = uint64_t(*most) - uint64_t(*least);
+    if (range >= 4 * id.size()) {
+      std::iota(order_.begin(), order_.end(), 0);
+      std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return id[a] < id[b]; });
+      return;
+    }
+    std::vector<int64_t> place(range + 2);
+    for (const int64_t each : id) ++place[each - *least + 1];
+    std::partial_sum(place.begin(), place.end(), place.begin());
+    for (size_t i = 0; i < id.size(); ++i) order_[place[id[i] - *least]++] = int64_t(i);
+  }
+
+  std::vector<int64_t> order_, bounds_;
+  int64_t size_, largest_;
 };
 
-// A column of a [B, K] table.
-struct Column {
-  double* values;
-  int64_t stride;
-  double& operator[](int64_t row) const { return values[row * stride]; }
-};
+constexpr int64_t kScoresPerTask = 1 << 14;
 
-Spread spread_of(const Column& utility, const int64_t* members, int64_t n, const GroupRules& rules) {
-  double sum = 0, squares = 0;
-  for (int64_t i = 0; i < n; ++i) sum += utility[members[i]];
-  const double mean = sum / double(n);
-  for (int64_t i = 0; i < n; ++i) squares += (utility[members[i]] - mean) * (utility[members[i]] - mean);
-  return {double(n), mean, squares, rules};
-}
+constexpr auto kFloat = torch::headeronly::ScalarType::Float;
 
-// In place: utilities become advantages.
-void score(const Column& column, const Groups& groups, const GroupRules& rules) {
-  groups.for_each([&](const int64_t* members, int64_t n) {
-    const Spread spread = spread_of(column, members, n, rules);
-    for (int64_t i = 0; i < n; ++i) column[members[i]] = spread.advantage(column[members[i]]);
-  });
-}
-
-// In place: the gradient to the advantages becomes that to the utilities.
-void score_backward(const Column& grad, const Column& utility, const Groups& groups, const GroupRules& rules) {
-  groups.for_each([&](const int64_t* members, int64_t n) {
-    const Spread spread = spread_of(utility, members, n, rules);
-    double sum = 0, along = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const double g = grad[members[i]];
-      sum += g;
-      along += g * (utility[members[i]] - spread.mean);
-    }
-    const double slope = spread.slope(along);
-    for (int64_t i = 0; i < n; ++i) {
-      double& g = grad[members[i]];
-      g = spread.gradient(g, utility[members[i]], sum / double(n), slope);
-    }
-  });
-}
-
-// Forward: the table of utilities becomes that of the scores, and the sum of its columns.
+// The columns by group, and with over_batch their weighted sum, the whole batch being one group.
 struct Chain {
-  int64_t batch, columns;
-  std::vector<double> table, weights;
-  Groups groups;
-  GroupRules rules;
-  bool over_batch;
+  Tensor utility;
+  std::optional<Tensor> weights;
+  int64_t batch;
+  Members members, everyone;
+  GroupColumns columns;
+  GroupRules batch_rules;
 
-  Chain(const Tensor& utility, const Tensor& group, const std::optional<Tensor>& weight, const GroupRules& rules, bool over_batch)
-      : batch(utility.size(0)), columns(utility.dim() == 2 ? utility.size(1) : 1), weights(columns, 1.0), groups(group), rules(rules),
-        over_batch(over_batch) {
-    const Tensor contiguous = dense(utility);
-    const auto* values = static_cast<const double*>(contiguous.data_ptr());
-    table.assign(values, values + batch * columns);
-    if (!weight) return;
-    const Tensor given = dense(*weight);
-    std::copy_n(static_cast<const double*>(given.data_ptr()), columns, weights.begin());
+  Chain(const Tensor& given, const std::optional<Tensor>& group, int64_t size, const std::optional<Tensor>& given_weights, const GroupRules& rules)
+      : utility(dense(given)), weights(dense(given_weights)), batch(utility.size(0)), members(group, size, batch), everyone(batch),
+        batch_rules{true, false, rules.eps} {
+    const int64_t count = utility.dim() == 2 ? utility.size(1) : 1;
+    columns = {typed(utility), nullptr, count, data_or_null<double>(weights), members.groups(), rules};
+  }
+  Chain(const Chain&) = delete;  // `columns` points into it
+
+  // run(begin, end) for all groups.
+  template <typename Run>
+  void over_groups(const Run& run) const {
+    const int64_t scores = batch * std::max<int64_t>(1, columns.columns), groups = members.count;
+    torch::stable::parallel_for(0, groups, std::max<int64_t>(1, kScoresPerTask * groups / std::max<int64_t>(1, scores)), run);
   }
 
-  Column column(std::vector<double>& of, int64_t k) const { return {of.data() + k, columns}; }
-
-  std::vector<double> weighted_sum(std::vector<double> scores) const {
-    std::vector<double> sums(batch);
-    for (int64_t k = 0; k < columns; ++k) score(column(scores, k), groups, rules);
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t k = 0; k < columns; ++k) sums[b] += weights[k] * scores[b * columns + k];
-    }
-    return sums;
+  void scores(float* advantages, double* sums) const {
+    auto* kernel = LSC_DISPATCH_ISA(group_forward);
+    over_groups([&](int64_t begin, int64_t end) { kernel(columns, advantages, sums, begin, end); });
   }
 
-  GroupRules batch_rules() const { return {true, false, rules.eps}; }
+  std::vector<double> sums() const {
+    std::vector<double> result(batch);
+    scores(nullptr, result.data());
+    return result;
+  }
+
+  GroupColumns whole_batch(const std::vector<double>& sums) const {
+    return {columns.utility, sums.data(), 1, nullptr, everyone.groups(), batch_rules};
+  }
 };
-
-Tensor doubles(Sizes sizes) { return empty(sizes, torch::headeronly::ScalarType::Double); }
 
 }  // namespace
 
-// utility, weights and the result are of doubles, grad of floats.
 static Tensor forward(
-    Tensor utility, Tensor group, std::optional<Tensor> weights, bool scaled, bool leave_one_out, bool over_batch, double eps) {
-  const Chain chain(utility, group, weights, {scaled, leave_one_out, eps}, over_batch);
-  std::vector<double> sums = chain.weighted_sum(chain.table);
-  if (over_batch) score({sums.data(), 1}, Groups(chain.batch), chain.batch_rules());
-  const Tensor advantages = doubles(Sizes(&chain.batch, 1));
-  std::copy(sums.begin(), sums.end(), static_cast<double*>(advantages.data_ptr()));
+    Tensor utility, std::optional<Tensor> group, int64_t size, std::optional<Tensor> weights, bool scaled, bool leave_one_out,
+    bool over_batch, double eps) {
+  const Chain chain(utility, group, size, weights, {scaled, leave_one_out, eps});
+  const Tensor advantages = empty_large(Sizes(&chain.batch, 1), kFloat);
+  if (over_batch) {
+    const std::vector<double> sums = chain.sums();
+    LSC_DISPATCH_ISA(group_forward)(chain.whole_batch(sums), floats(advantages), nullptr, 0, chain.everyone.count);
+  } else {
+    chain.scores(floats(advantages), nullptr);
+  }
   return advantages;
 }
 
 static Tensor backward(
-    Tensor grad, Tensor utility, Tensor group, std::optional<Tensor> weights, bool scaled, bool leave_one_out, bool over_batch,
-    double eps) {
-  Chain chain(utility, group, weights, {scaled, leave_one_out, eps}, over_batch);
-  const Tensor upstream = dense(grad);
-  std::vector<double> to_sums(floats(upstream), floats(upstream) + chain.batch);
+    Tensor grad, Tensor utility, std::optional<Tensor> group, int64_t size, std::optional<Tensor> weights, bool scaled,
+    bool leave_one_out, bool over_batch, double eps) {
+  const Chain chain(utility, group, size, weights, {scaled, leave_one_out, eps});
+  const Tensor upstream = dense(grad), to_utility = empty_large(utility.sizes(), utility.scalar_type());
+  auto* kernel = LSC_DISPATCH_ISA(group_backward);
+  std::vector<double> to_sums;
   if (over_batch) {
-    std::vector<double> sums = chain.weighted_sum(chain.table);
-    score_backward({to_sums.data(), 1}, {sums.data(), 1}, Groups(chain.batch), chain.batch_rules());
+    const std::vector<double> sums = chain.sums();
+    to_sums.resize(chain.batch);
+    kernel(chain.whole_batch(sums), floats(upstream), nullptr, to_sums.data(), 0, chain.everyone.count);
   }
-  const Tensor to_utility = doubles(utility.sizes());
-  auto* out = static_cast<double*>(to_utility.data_ptr());
-  for (int64_t k = 0; k < chain.columns; ++k) {
-    for (int64_t b = 0; b < chain.batch; ++b) out[b * chain.columns + k] = chain.weights[k] * to_sums[b];
-    score_backward({out + k, chain.columns}, chain.column(chain.table, k), chain.groups, chain.rules);
-  }
+  chain.over_groups([&](int64_t begin, int64_t end) {
+    kernel(chain.columns, over_batch ? nullptr : floats(upstream), to_sums.data(), to_utility.data_ptr(), begin, end);
+  });
   return to_utility;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lsc_kernels, m) {
-  m.def("group_advantages_forward(Tensor utility, Tensor group, Tensor? weights, bool scaled, bool leave_one_out, bool over_batch,"
-        " float eps) -> Tensor");
-  m.def("group_advantages_backward(Tensor grad, Tensor utility, Tensor group, Tensor? weights, bool scaled, bool leave_one_out,"
+  m.def("group_advantages_forward(Tensor utility, Tensor? group, int size, Tensor? weights, bool scaled, bool leave_one_out,"
         " bool over_batch, float eps) -> Tensor");
+  m.def("group_advantages_backward(Tensor grad, Tensor utility, Tensor? group, int size, Tensor? weights, bool scaled,"
+        " bool leave_one_out, bool over_batch, float eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lsc_kernels, CPU, m) {

@@ -22,10 +22,10 @@ struct FormulaMemory {
 
 // A row's part of the block's memory.
 struct FormulaRow {
-  Judged<double>* judged;
-  Judgement<double>* values;
-  Slope<double>* slopes;
-  Visited<double>* visited;
+  Judged<Log>* judged;
+  Judgement<Log>* values;
+  Slope<Log>* slopes;
+  Visited<Log>* visited;
 };
 
 // How the block's memory is shared out to rows.
@@ -34,8 +34,8 @@ struct FormulaRoom {
 
   FormulaRoom(const Program& program, bool slopes) : length(program.length) {
     for (int i = 0; i < length; ++i) properties += program.instructions[i].kind == Instruction::Kind::property;
-    bytes = properties * int(sizeof(Judged<double>)) + length * int(sizeof(Judgement<double>));
-    if (slopes) bytes += length * int(sizeof(Slope<double>)) + properties * int(sizeof(Visited<double>));
+    bytes = properties * int(sizeof(Judged<Log>)) + length * int(sizeof(Judgement<Log>));
+    if (slopes) bytes += length * int(sizeof(Slope<Log>)) + properties * int(sizeof(Visited<Log>));
     if (length) rows = std::min(kFormulaThreads, int(sizeof(FormulaMemory)) / bytes);
   }
 
@@ -43,10 +43,10 @@ struct FormulaRoom {
 
   LSC_DEVICE FormulaRow row(FormulaMemory& memory) const {
     unsigned char* at = memory.bytes + int(thread_index()) * bytes;
-    auto* judged = reinterpret_cast<Judged<double>*>(at);
-    auto* values = reinterpret_cast<Judgement<double>*>(judged + properties);
-    auto* slopes = reinterpret_cast<Slope<double>*>(values + length);
-    return {judged, values, slopes, reinterpret_cast<Visited<double>*>(slopes + length)};
+    auto* judged = reinterpret_cast<Judged<Log>*>(at);
+    auto* values = reinterpret_cast<Judgement<Log>*>(judged + properties);
+    auto* slopes = reinterpret_cast<Slope<Log>*>(values + length);
+    return {judged, values, slopes, reinterpret_cast<Visited<Log>*>(slopes + length)};
   }
 };
 
@@ -83,7 +83,7 @@ LSC_KERNEL(kFormulaThreads, 2) aggregate_forward_formula(LSC_ARGUMENT AggregateF
   if (row < 0) return;
   const FormulaRow own = a.room.row(memory);
   judge_row(a.in, a.program, row, own.judged);
-  a.utility[row] = float(evaluate(a.program, own.judged, own.values).good);
+  a.utility[row] = float(evaluate(a.program, own.judged, own.values).good.log);
 }
 
 LSC_KERNEL(kElementThreads, 4) aggregate_backward(LSC_ARGUMENT AggregateBackward a) {
@@ -113,7 +113,7 @@ LSC_KERNEL(kFormulaThreads, 2) aggregate_backward_formula(LSC_ARGUMENT Aggregate
   for (int i = 0, property = 0; i < a.program.length; ++i) {
     if (a.program.instructions[i].kind != Instruction::Kind::property) continue;
     const int64_t column = a.program.instructions[i].operand, at = first + column;
-    const PropertyGradient<double> of_property = gradient(own.judged[property++], own.slopes[i]);
+    const PropertyGradient of_property = gradient(own.judged[property++], own.slopes[i]);
     const double to_score = upstream * of_property.z / a.in.scale.at(row, column);
     store_one(a.in.dtype, a.out.scores, at, float(to_score));
     if (a.out.reference) a.out.reference[at] = float(-to_score);

@@ -4,7 +4,8 @@
 // position and column sees by its neighbour whether a group begins there; the first member's warp goes over the group, in turn
 // for its mean, its spread and its results, and all other warps leave. So the host never learns how many groups there are,
 // nothing waits, and a group's bits do not depend on other groups. Comparing all ids with all, which would need no sort, is B^2
-// work. Where the whole batch is one group, a block of 256 threads is its only one.
+// work. Groups of one size lie together as they come: a warp for each. Where the whole batch is one group, a block of 256 threads
+// is its only one.
 #include <array>
 
 #include "cuda/mask.h"
@@ -22,12 +23,14 @@ struct GroupColumns {
   const float* grad;          // [count], or null
   const double* grad_double;  // [count], or null
   const double* weights;      // [columns], of the gradient, or null
-  const void* ids;            // [count], sorted, or null: the whole batch is one group
+  const void* ids;            // [count], sorted, or null: groups of `size`
   bool ids_are_int32;
   const int64_t* order;
-  int64_t count, columns;
+  int64_t count, columns, size;
   GroupRules rules;
   double* out;
+
+  LSC_FN int64_t places() const { return ids ? count : count / size; }
 };
 
 struct WeightedSums {
@@ -39,15 +42,16 @@ struct WeightedSums {
 template <int kThreads>
 LSC_KERNEL(kThreads, 4) group_columns(LSC_ARGUMENT GroupColumns a) {
   auto& memory = block_memory<BlockSum<kThreads>>();
-  const int64_t begin = a.ids ? block_index() % a.count : 0, column = a.ids ? block_index() / a.count : block_index();
+  const int64_t places = a.places(), place = block_index() % places, column = block_index() / places;
+  const int64_t begin = a.ids ? place : place * a.size, end = a.ids ? a.count : begin + a.size;
   const int64_t id = a.ids ? integer_at(a.ids, a.ids_are_int32, begin) : 0;
-  if (begin > 0 && integer_at(a.ids, a.ids_are_int32, begin - 1) == id) return;
+  if (a.ids && begin > 0 && integer_at(a.ids, a.ids_are_int32, begin - 1) == id) return;
   const bool backward = a.grad || a.grad_double;
   const double weight = a.weights ? a.weights[column] : 1;
 
   // each(row) for the group's members, shared out over the threads
   const auto members = [&](const auto& each) {
-    for (int64_t i = begin + thread_index(); i < a.count && (!a.ids || integer_at(a.ids, a.ids_are_int32, i) == id); i += kThreads) {
+    for (int64_t i = begin + thread_index(); i < end && (!a.ids || integer_at(a.ids, a.ids_are_int32, i) == id); i += kThreads) {
       each(a.ids ? a.order[i] : i);
     }
   };
@@ -67,7 +71,7 @@ LSC_KERNEL(kThreads, 4) group_columns(LSC_ARGUMENT GroupColumns a) {
     if (backward) along += upstream(row) * centred;
   });
   squares = block_sum(memory, squares), along = block_sum(memory, along);
-  const Spread spread(n, mean, squares, a.rules);
+  const GroupSpread spread(n, mean, squares, a.rules);
   const double slope = spread.slope(along);
   members([&](int64_t row) {
     const double u = utility(row);
@@ -85,12 +89,22 @@ LSC_KERNEL(kElementThreads, 1) weighted_sums(LSC_ARGUMENT WeightedSums a) {
 
 namespace {
 
-std::array<Tensor, 2> sorted(const Tensor& ids) {
+struct Sorted {
+  Tensor ids, order;
+};
+
+Sorted sorted(const Tensor& ids) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, 4> stack{from(ids), from(std::optional<bool>(true)), from(int64_t(-1)), from(false)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+constexpr auto kDouble = torch::headeronly::ScalarType::Double;
+
+Tensor in(torch::headeronly::ScalarType dtype, const Tensor& tensor) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
 double* doubles(const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); }
@@ -99,23 +113,27 @@ double* doubles(const Tensor& tensor) { return static_cast<double*>(tensor.data_
 struct Stages {
   Tensor utility;
   std::optional<Tensor> weights;
-  std::array<Tensor, 2> groups;
+  std::optional<Sorted> groups;
   GroupColumns columns;
   bool over_batch;
 
-  Stages(const Tensor& given, const Tensor& group, const std::optional<Tensor>& given_weights, const GroupRules& rules, bool over)
-      : utility(dense(given)), weights(dense(given_weights)), groups(sorted(group)), over_batch(over) {
-    columns = {doubles(utility), nullptr, nullptr, nullptr, groups[0].data_ptr(),
-               groups[0].scalar_type() == torch::headeronly::ScalarType::Int, static_cast<const int64_t*>(groups[1].data_ptr()),
-               utility.size(0), utility.dim() == 2 ? utility.size(1) : 1, rules, nullptr};
+  Stages(const Tensor& given, const std::optional<Tensor>& group, int64_t size, const std::optional<Tensor>& given_weights, const GroupRules& rules, bool over)
+      : utility(dense(in(kDouble, given))), weights(dense(given_weights)), over_batch(over) {
+    columns = {doubles(utility), nullptr, nullptr, nullptr, nullptr, false, nullptr,
+               utility.size(0), utility.dim() == 2 ? utility.size(1) : 1, size, rules, nullptr};
+    if (!group) return;
+    groups = sorted(*group);
+    columns.ids = groups->ids.data_ptr();
+    columns.ids_are_int32 = groups->ids.scalar_type() == torch::headeronly::ScalarType::Int;
+    columns.order = static_cast<const int64_t*>(groups->order.data_ptr());
   }
 
-  Tensor empty_like(const Tensor& like) const { return empty_on(utility, like.sizes(), torch::headeronly::ScalarType::Double); }
-  Tensor per_row() const { return empty_on(utility, Sizes(&columns.count, 1), torch::headeronly::ScalarType::Double); }
+  Tensor empty_like(const Tensor& like) const { return empty_on(utility, like.sizes(), kDouble); }
+  Tensor per_row() const { return empty_on(utility, Sizes(&columns.count, 1), kDouble); }
 
   void each(GroupColumns a, const Tensor& out) const {
     a.out = doubles(out);
-    launch(&group_columns<kWarp>, a.count * a.columns, kWarp, utility, a);
+    launch(&group_columns<kWarp>, a.places() * a.columns, kWarp, utility, a);
   }
 
   Tensor sums() const {
@@ -129,7 +147,7 @@ struct Stages {
   Tensor batch(const Tensor& sums, const float* grad) const {
     const Tensor out = per_row();
     launch(&group_columns<kBatchThreads>, columns.count > 0, kBatchThreads, utility,
-           GroupColumns{doubles(sums), grad, nullptr, nullptr, nullptr, false, nullptr, columns.count, 1, {true, false, columns.rules.eps}, doubles(out)});
+           GroupColumns{doubles(sums), grad, nullptr, nullptr, nullptr, false, nullptr, columns.count, 1, columns.count, {true, false, columns.rules.eps}, doubles(out)});
     return out;
   }
 };
@@ -137,18 +155,20 @@ struct Stages {
 }  // namespace
 
 static Tensor forward(
-    Tensor utility, Tensor group, std::optional<Tensor> weights, bool scaled, bool leave_one_out, bool over_batch, double eps) {
-  const Stages stages(utility, group, weights, {scaled, leave_one_out, eps}, over_batch);
-  if (over_batch) return stages.batch(stages.sums(), nullptr);
+    Tensor utility, std::optional<Tensor> group, int64_t size, std::optional<Tensor> weights, bool scaled, bool leave_one_out,
+    bool over_batch, double eps) {
+  constexpr auto result = torch::headeronly::ScalarType::Float;
+  const Stages stages(utility, group, size, weights, {scaled, leave_one_out, eps}, over_batch);
+  if (over_batch) return in(result, stages.batch(stages.sums(), nullptr));
   const Tensor advantages = stages.per_row();
   stages.each(stages.columns, advantages);
-  return advantages;
+  return in(result, advantages);
 }
 
 static Tensor backward(
-    Tensor grad, Tensor utility, Tensor group, std::optional<Tensor> weights, bool scaled, bool leave_one_out, bool over_batch,
-    double eps) {
-  const Stages stages(utility, group, weights, {scaled, leave_one_out, eps}, over_batch);
+    Tensor grad, Tensor utility, std::optional<Tensor> group, int64_t size, std::optional<Tensor> weights, bool scaled,
+    bool leave_one_out, bool over_batch, double eps) {
+  const Stages stages(utility, group, size, weights, {scaled, leave_one_out, eps}, over_batch);
   const Tensor upstream = dense(grad), to_utility = stages.empty_like(stages.utility);
   GroupColumns columns = stages.columns;
   columns.weights = data_or_null<double>(stages.weights);
@@ -160,7 +180,7 @@ static Tensor backward(
     columns.grad = floats(upstream);
   }
   stages.each(columns, to_utility);
-  return to_utility;
+  return in(utility.scalar_type(), to_utility);
 }
 
 LSC_CUDA_OPS(m) {

@@ -58,8 +58,8 @@ struct FromLogprobs {
 
 struct SequenceMemory {
   HeadMemory<kThreads> head;
-  Uninitialised<Judged<double>, kMaxProperties> judged;
-  Uninitialised<Judgement<double>, kMaxInstructions> values;
+  Uninitialised<Judged<Log>, kMaxProperties> judged;
+  Uninitialised<Judgement<Log>, kMaxInstructions> values;
 };
 
 union RowMemory {
@@ -79,7 +79,7 @@ LSC_COLD void judge_sequence(SequenceMemory& memory, const Sequences& a, int64_t
   }
   if (thread_index() == 0) {
     a.utility[sequence] =
-        a.program.length ? float(evaluate(a.program, memory.judged.data(), memory.values.data()).good)
+        a.program.length ? float(evaluate(a.program, memory.judged.data(), memory.values.data()).good.log)
                          : aggregate_row(a.scores, sequence, [&](int64_t k) { return score_at(a.scores, sequence, k); });
   }
 }

@@ -18,12 +18,19 @@
 //                c_i = P(exactly m - 1 of the others hold)
 //     weakest    1 for the least probable
 //
-// Real is double; a row's work is O(n m) for at_least, O(n) else.
+// What a value is a pair of is a Number: a double's logarithm (Log) holds any probability. Where none of a row's is beyond a
+// double's range the same is done to the probabilities themselves, many rows at once: every value and every slope is a sum of
+// positive products then, in which a property stands once, so none is smaller than the product over all properties of the
+// smaller one of p and 1 - p, or larger than its inverse. Such a Number brings +, *, <, ==, select, is_nan, quotient and what
+// Log has beside them (cpu/kernels/formula_rows.h).
+//
+// A row's work is O(n m) for at_least, O(n) else.
 #pragma once
 
 #include <cmath>
 
 #include "math/fn.h"
+#include "math/one_lane.h"
 #include "math/program.h"
 
 namespace lsc {
@@ -33,117 +40,155 @@ constexpr double kLn2 = 0.693147180559945309;
 // A logarithm nearer to 0 has begun to lose its digits; log(1 - p) still has them.
 constexpr double kTiny = 1e-290;
 
-template <typename Real>
-struct Judgement {
-  Real good, bad;  // log p, log(1 - p)
+// log(1 - e^a), a <= 0
+LSC_FN inline double log1mexp(double a) {
+  return a > -kLn2 ? std::log(-std::expm1(a)) : std::log1p(-std::exp(a));
+}
+
+// A number >= 0 by its logarithm.
+struct Log {
+  double log;
 };
 
-template <typename Real>
-LSC_FN inline Judgement<Real> complement(Judgement<Real> p) {
-  return {p.bad, p.good};
+// 0 or 1, and the number of a part, one for each row that a Number is of.
+template <typename Number>
+struct Constants {
+  using Index = Number;
+  static constexpr bool kLogarithmic = false;
+  LSC_FN static Number zero() { return Number(0.0); }
+  LSC_FN static Number one() { return Number(1.0); }
+};
+template <>
+struct Constants<Log> {
+  using Index = int;
+  static constexpr bool kLogarithmic = true;
+  LSC_FN static Log zero() { return {-INFINITY}; }
+  LSC_FN static Log one() { return {0.0}; }
+};
+
+LSC_FN inline Log operator*(Log a, Log b) { return {a.log + b.log}; }
+
+// 0 counts for nothing, NaN travels.
+LSC_FN inline Log operator+(Log a, Log b) {
+  const double larger = a.log > b.log ? a.log : b.log, smaller = a.log > b.log ? b.log : a.log;
+  return {smaller == -INFINITY ? larger : larger + std::log1p(std::exp(smaller - larger))};
 }
 
-// log(1 - e^a), a <= 0
-template <typename Real>
-LSC_FN inline Real log1mexp(Real a) {
-  return a > Real(-kLn2) ? std::log(-std::expm1(a)) : std::log1p(-std::exp(a));
+LSC_FN inline bool operator<(Log a, Log b) { return a.log < b.log; }
+LSC_FN inline bool operator==(Log a, Log b) { return a.log == b.log; }
+LSC_FN inline bool is_nan(Log a) { return a.log != a.log; }
+LSC_FN inline Log select(bool where, Log yes, Log no) { return where ? yes : no; }
+LSC_FN inline int select(bool where, int yes, int no) { return where ? yes : no; }
+
+// a/b of what a gradient is divided by: nothing where there is nothing to divide, or nothing to divide by.
+LSC_FN inline Log quotient(Log a, Log b) {
+  return a == Constants<Log>::zero() || b == Constants<Log>::zero() ? Constants<Log>::zero() : Log{a.log - b.log};
 }
 
-// log(e^a + e^b); -inf counts for nothing, NaN travels.
-template <typename Real>
-LSC_FN inline Real log_add(Real a, Real b) {
-  const Real larger = a > b ? a : b, smaller = a > b ? b : a;
-  return smaller == Real(-INFINITY) ? larger : larger + std::log1p(std::exp(smaller - larger));
+template <typename Number>
+struct Judgement {
+  Number good, bad;  // p, 1 - p
+};
+
+// Both of a pair, each from a sum of its own: that of the probability below 1/2 decides, where logarithms lose the other.
+template <typename Number>
+LSC_FN inline Judgement<Number> settled(Number good, Number bad) {
+  if constexpr (Constants<Number>::kLogarithmic) {
+    if (good < bad) return {good, {log1mexp(good.log)}};
+    return {{log1mexp(bad.log)}, bad};
+  } else {
+    return {good, bad};
+  }
 }
 
-// log(a/b) of what a gradient is divided by: nothing where there is nothing to divide, or nothing to divide by.
-template <typename Real>
-LSC_FN inline Real log_quotient(Real log_a, Real log_b) {
-  return log_a == Real(-INFINITY) || log_b == Real(-INFINITY) ? Real(-INFINITY) : log_a - log_b;
-}
-
-// Both of a pair, each from a sum of its own: that of the probability below 1/2 decides.
-template <typename Real>
-LSC_FN inline Judgement<Real> settled(Real good, Real bad) {
-  if (good < bad) return {good, log1mexp(good)};
-  return {log1mexp(bad), bad};
-}
-
-// log(-log p)
-template <typename Real>
-LSC_FN inline Real log_minus_log(Judgement<Real> p) {
-  return p.good > Real(-kTiny) ? p.bad : std::log(-p.good);
-}
+// -log p
+LSC_FN inline Log minus_log(Judgement<Log> p) { return p.good.log > -kTiny ? p.bad : Log{std::log(-p.good.log)}; }
 
 // One property, judged with floor and weight.
-template <typename Real>
+template <typename Number>
 struct Judged {
-  Judgement<Real> weighted, unweighted;
-  Real log_slope;  // log of d log p^w / dz
+  Judgement<Number> weighted, unweighted;
+  Number slope;  // d log p^w / dz
 };
 
-template <typename Real>
-LSC_FN inline Judged<Real> certainly_good() {
-  const Judgement<Real> certain{Real(0), Real(-INFINITY)};
-  return {certain, certain, Real(-INFINITY)};
+LSC_FN inline Judged<Log> certainly_good() {
+  const Judgement<Log> certain{Constants<Log>::one(), Constants<Log>::zero()};
+  return {certain, certain, Constants<Log>::zero()};
 }
 
-template <typename Real>
-LSC_FN inline Judged<Real> judge(Real z, Real floor, Real weight) {
-  const Real tail = std::log1p(std::exp(-std::fabs(z)));
-  const Real sigmoid = (z < 0 ? z : Real(0)) - tail, opposite = (z > 0 ? -z : Real(0)) - tail;
-  Judgement<Real> p{sigmoid, opposite};
-  Real log_slope = opposite;
+LSC_FN inline Judged<Log> judge(double z, double floor, double weight) {
+  const double tail = std::log1p(std::exp(-std::fabs(z)));
+  const Log sigmoid{(z < 0 ? z : 0) - tail}, opposite{(z > 0 ? -z : 0) - tail};
+  Judgement<Log> p{sigmoid, opposite};
+  Log slope = opposite;
   if (floor != 0) {
-    const Real right = std::log1p(-floor);
-    p = settled(log_add(std::log(floor), right + sigmoid), right + opposite);
-    log_slope = p.bad + (sigmoid - p.good);
+    const Log wrong{std::log(floor)}, right{std::log1p(-floor)};
+    p = settled(wrong + right * sigmoid, right * opposite);
+    slope = {p.bad.log + (sigmoid.log - p.good.log)};
   }
-  if (weight == 1) return {p, p, log_slope};
+  if (weight == 1) return {p, p, slope};
   // nothing at all comes of a property with weight 0
-  if (weight == 0) return {{Real(0), Real(-INFINITY)}, p, Real(-INFINITY)};
-  const Real good = weight * p.good, log_weight = std::log(weight);
-  return {{good, good > Real(-kTiny) ? log_weight + log_minus_log(p) : log1mexp(good)}, p, log_slope + log_weight};
+  if (weight == 0) return {certainly_good().weighted, p, Constants<Log>::zero()};
+  const Log good{weight * p.good.log}, factor{std::log(weight)};
+  return {{good, good.log > -kTiny ? factor * minus_log(p) : Log{log1mexp(good.log)}}, p, slope * factor};
 }
 
-// The values of a program's instructions so far, and the parts of one of them, last to first.
-template <typename Real>
+// The values of a program's instructions so far, and the parts of one of them, last to first; all complemented, or none. Numbers
+// go one by one: of a pair of vectors a compiler may copy half vectors, for which the processor has to wait.
+template <typename Number>
 struct Parts {
   const Instruction* instructions;
-  const Judgement<Real>* values;
+  Judgement<Number>* values;
   int connective;
   bool complemented;
 
   LSC_FN int count() const { return instructions[connective].operand; }
   LSC_FN int last() const { return connective - 1; }
   LSC_FN int before(int part) const { return part - instructions[part].size; }
-  LSC_FN Judgement<Real> at(int part) const { return complemented ? complement(values[part]) : values[part]; }
-  LSC_FN Judgement<Real> of(Judgement<Real> result) const { return complemented ? complement(result) : result; }
+  LSC_FN const Number& good(int part) const { return complemented ? values[part].bad : values[part].good; }
+  LSC_FN const Number& bad(int part) const { return complemented ? values[part].good : values[part].bad; }
+  LSC_FN void conclude(const Number& good, const Number& bad) const {
+    Judgement<Number>& value = values[connective];
+    (complemented ? value.bad : value.good) = good;
+    (complemented ? value.good : value.bad) = bad;
+  }
 };
 
-template <typename Real>
-LSC_FN inline Judgement<Real> all_of(const Parts<Real>& parts) {
-  Judgement<Real> p{Real(0), Real(-INFINITY)};
-  for (int n = parts.count(), part = parts.last(); n > 0; --n, part = parts.before(part)) p.good += parts.at(part).good;
-  if (p.good < Real(-kLn2)) {
-    p.bad = log1mexp(p.good);
-    return parts.of(p);
+template <typename Number>
+LSC_FN inline void all_of(const Parts<Number>& parts) {
+  Number good = Constants<Number>::one(), bad = Constants<Number>::zero();
+  if constexpr (Constants<Number>::kLogarithmic) {
+    for (int n = parts.count(), part = parts.last(); n > 0; --n, part = parts.before(part)) good = good * parts.good(part);
+    if (good.log < -kLn2) return parts.conclude(good, {log1mexp(good.log)});
+    good = Constants<Number>::one();
   }
   for (int n = parts.count(), part = parts.last(); n > 0; --n, part = parts.before(part)) {
-    const Judgement<Real> each = parts.at(part);
-    p.bad = log_add(each.bad, each.good + p.bad);
+    const Number each = parts.good(part);
+    bad = parts.bad(part) + each * bad;
+    good = each * good;
   }
-  return parts.of(p);
+  parts.conclude(good, bad);
 }
 
-// The least probable; by log(1 - p) where both are too certain for log p to tell. Ties go to the first part.
-template <typename Real>
-LSC_FN inline int weakest_of(const Parts<Real>& parts) {
-  int least = parts.last();
-  for (int n = parts.count() - 1, part = parts.before(least); n > 0; --n, part = parts.before(part)) {
-    const Judgement<Real> p = parts.values[least], q = parts.values[part];
-    const bool stays = p.good != p.good || p.good < q.good || (p.good == q.good && p.bad > q.bad);
-    if (!stays) least = part;
+template <typename Number>
+struct Least {
+  typename Constants<Number>::Index part;
+  Number good, bad;
+};
+
+// The least probable, by the odds: they have the digits that p lacks near 1. Ties go to the first part, NaN stays.
+template <typename Number>
+LSC_FN inline Least<Number> weakest_of(const Parts<Number>& parts) {
+  using Index = typename Constants<Number>::Index;
+  int part = parts.last();
+  Least<Number> least{Index(part), parts.good(part), parts.bad(part)};
+  part = parts.before(part);
+  for (int n = parts.count() - 1; n > 0; --n, part = parts.before(part)) {
+    const Number good = parts.good(part), bad = parts.bad(part);
+    const auto stays = either(is_nan(least.good), least.good * bad < good * least.bad);
+    least.part = select(stays, least.part, Index(part));
+    least.good = select(stays, least.good, good);
+    least.bad = select(stays, least.bad, bad);
   }
   return least;
 }
@@ -161,136 +206,147 @@ LSC_FN inline Threshold threshold(const Instruction& each) {
 
 constexpr int kMaxLeast = (kMaxProperties + 1) / 2;
 
-template <typename Real>
+template <typename Number>
 struct Counts {
-  Real log_probability[kMaxLeast];  // that j hold, j < m
+  Number probability[kMaxLeast];  // that j hold, j < m
 
   LSC_FN void clear(int least) {
-    for (int j = 1; j < least; ++j) log_probability[j] = Real(-INFINITY);
-    log_probability[0] = 0;
+    for (int j = 1; j < least; ++j) probability[j] = Constants<Number>::zero();
+    probability[0] = Constants<Number>::one();
   }
 
-  LSC_FN void add(Judgement<Real> p, int least) {
-    for (int j = least - 1; j > 0; --j) {
-      log_probability[j] = log_add(log_probability[j] + p.bad, log_probability[j - 1] + p.good);
-    }
-    log_probability[0] += p.bad;
+  LSC_FN void copy(const Counts& other, int least) {
+    for (int j = 0; j < least; ++j) probability[j] = other.probability[j];
+  }
+
+  LSC_FN void add(const Number& good, const Number& bad, int least) {
+    for (int j = least - 1; j > 0; --j) probability[j] = probability[j] * bad + probability[j - 1] * good;
+    probability[0] = probability[0] * bad;
   }
 };
 
-template <typename Real>
-LSC_FN inline Judgement<Real> at_least(const Instruction* instructions, const Judgement<Real>* values, int connective) {
+template <typename Number>
+LSC_FN inline void at_least(const Instruction* instructions, Judgement<Number>* values, int connective) {
   const Threshold wanted = threshold(instructions[connective]);
-  const Parts<Real> parts{instructions, values, connective, wanted.complemented};
-  Counts<Real> counts;
+  const Parts<Number> parts{instructions, values, connective, wanted.complemented};
+  Counts<Number> counts;
   counts.clear(wanted.least);
-  Real reached = -INFINITY, missed = -INFINITY;
+  Number reached = Constants<Number>::zero(), missed = Constants<Number>::zero();
   for (int n = parts.count(), part = parts.last(); n > 0; --n, part = parts.before(part)) {
-    const Judgement<Real> each = parts.at(part);
-    reached = log_add(reached, counts.log_probability[wanted.least - 1] + each.good);
-    counts.add(each, wanted.least);
+    reached = reached + counts.probability[wanted.least - 1] * parts.good(part);
+    counts.add(parts.good(part), parts.bad(part), wanted.least);
   }
-  for (int j = 0; j < wanted.least; ++j) missed = log_add(missed, counts.log_probability[j]);
-  return parts.of(settled(reached, missed));
+  for (int j = 0; j < wanted.least; ++j) missed = missed + counts.probability[j];
+  const Judgement<Number> result = settled(reached, missed);
+  parts.conclude(result.good, result.bad);
 }
 
 // The value of every instruction, the last one's being the formula's. `properties` are in the program's order.
-template <typename Real>
-LSC_FN inline Judgement<Real> evaluate(const Program& program, const Judged<Real>* properties, Judgement<Real>* values) {
+template <typename Number>
+LSC_FN inline const Judgement<Number>& evaluate(const Program& program, const Judged<Number>* properties, Judgement<Number>* values) {
   using Kind = Instruction::Kind;
   for (int i = 0; i < program.length; ++i) {
     const Instruction* all = program.instructions;
     const Kind kind = all[i].kind;
+    Judgement<Number>& value = values[i];
     switch (kind) {
-      case Kind::property: values[i] = (properties++)->weighted; break;
-      case Kind::complement: values[i] = complement(values[i - 1]); break;
+      case Kind::property: {
+        const Judgement<Number>& judged = (properties++)->weighted;
+        value.good = judged.good, value.bad = judged.bad;
+        break;
+      }
+      case Kind::complement: value.good = values[i - 1].bad, value.bad = values[i - 1].good; break;
       case Kind::all:
-      case Kind::any: values[i] = all_of(Parts<Real>{all, values, i, kind == Kind::any}); break;
-      case Kind::at_least: values[i] = at_least(all, values, i); break;
-      case Kind::weakest: values[i] = values[weakest_of(Parts<Real>{all, values, i, false})]; break;
+      case Kind::any: all_of(Parts<Number>{all, values, i, kind == Kind::any}); break;
+      case Kind::at_least: at_least(all, values, i); break;
+      case Kind::weakest: {
+        const Least<Number> least = weakest_of(Parts<Number>{all, values, i, false});
+        value.good = least.good, value.bad = least.bad;
+        break;
+      }
     }
   }
   return values[program.length - 1];
 }
 
-// log |d u / d log p| of a part, or where `of_bad`, log |d u / d log(1 - p)|.
-template <typename Real>
+// |d u / d log p| of a part, or where `of_bad`, |d u / d log(1 - p)|.
+template <typename Number>
 struct Slope {
-  Real log_size;
+  Number size;
   bool of_bad;
   bool falls;  // u falls where p rises
+
+  LSC_FN void set(const Number& to, bool is_of_bad, bool does_fall) { size = to, of_bad = is_of_bad, falls = does_fall; }
 };
 
 // From an `all`, or from an `any` by its complements, to its parts.
-template <typename Real>
-LSC_FN inline void slopes_of_all(const Parts<Real>& parts, Slope<Real>* slopes) {
-  Slope<Real> slope = slopes[parts.connective];
-  if (slope.of_bad != parts.complemented) {
-    const Judgement<Real> p = parts.at(parts.connective);
-    slope.log_size = log_quotient(slope.log_size + p.good, p.bad);
+template <typename Number>
+LSC_FN inline void slopes_of_all(const Parts<Number>& parts, Slope<Number>* slopes) {
+  const Slope<Number>& whole = slopes[parts.connective];
+  Number size = whole.size;
+  if (whole.of_bad != parts.complemented) size = size * quotient(parts.good(parts.connective), parts.bad(parts.connective));
+  for (int n = parts.count(), part = parts.last(); n > 0; --n, part = parts.before(part)) {
+    slopes[part].set(size, parts.complemented, whole.falls);
   }
-  slope.of_bad = parts.complemented;
-  for (int n = parts.count(), part = parts.last(); n > 0; --n, part = parts.before(part)) slopes[part] = slope;
 }
 
 // A part on the way through those of an at_least, and the counts of all that came before it.
-template <typename Real>
+template <typename Number>
 struct Visited {
   int part;
-  Counts<Real> before;
+  Counts<Number> before;
 };
 
 // The counts of all parts before each of them are kept, in `visited`; those of all after it grow on the way back.
-template <typename Real>
+template <typename Number>
 LSC_FN inline void slopes_of_at_least(
-    const Instruction* instructions, const Judgement<Real>* values, int connective, Slope<Real>* slopes, Visited<Real>* visited) {
+    const Instruction* instructions, Judgement<Number>* values, int connective, Slope<Number>* slopes, Visited<Number>* visited) {
   const Threshold wanted = threshold(instructions[connective]);
-  const Parts<Real> parts{instructions, values, connective, wanted.complemented};
+  const Parts<Number> parts{instructions, values, connective, wanted.complemented};
   const int n = parts.count(), least = wanted.least;
-  Counts<Real> after;
+  Counts<Number> after;
   after.clear(least);
   for (int i = 0, part = parts.last(); i < n; ++i, part = parts.before(part)) {
-    visited[i] = {part, after};
-    after.add(parts.at(part), least);
+    visited[i].part = part;
+    visited[i].before.copy(after, least);
+    after.add(parts.good(part), parts.bad(part), least);
   }
-  const Slope<Real> slope = slopes[connective];
-  const Judgement<Real> whole = values[connective];
-  const Real denominator = slope.of_bad ? whole.bad : whole.good;
+  const Slope<Number>& slope = slopes[connective];
+  const Judgement<Number>& whole = values[connective];
+  const Number denominator = slope.of_bad ? whole.bad : whole.good;
   after.clear(least);
   for (int i = n - 1; i >= 0; --i) {
-    Real exactly = -INFINITY;
-    for (int j = 0; j < least; ++j) {
-      exactly = log_add(exactly, visited[i].before.log_probability[j] + after.log_probability[least - 1 - j]);
-    }
+    Number exactly = Constants<Number>::zero();
+    for (int j = 0; j < least; ++j) exactly = exactly + visited[i].before.probability[j] * after.probability[least - 1 - j];
     const int part = visited[i].part;
-    const Judgement<Real> each = values[part];
-    const Real numerator = slope.log_size + exactly + (slope.of_bad ? each.bad : each.good);
-    slopes[part] = {log_quotient(numerator, denominator), slope.of_bad, slope.falls};
-    after.add(parts.at(part), least);
+    const Judgement<Number>& each = values[part];
+    const Number share = quotient(exactly * (slope.of_bad ? each.bad : each.good), denominator);
+    slopes[part].set(slope.size * share, slope.of_bad, slope.falls);
+    after.add(parts.good(part), parts.bad(part), least);
   }
 }
 
 // The slope of every instruction, from the values of all of them; `visited` is room for as many parts as there are properties.
-template <typename Real>
+template <typename Number>
 LSC_FN inline void differentiate(
-    const Program& program, const Judgement<Real>* values, Slope<Real>* slopes, Visited<Real>* visited) {
+    const Program& program, Judgement<Number>* values, Slope<Number>* slopes, Visited<Number>* visited) {
   using Kind = Instruction::Kind;
   const Instruction* all = program.instructions;
-  slopes[program.length - 1] = {Real(0), false, false};
+  slopes[program.length - 1].set(Constants<Number>::one(), false, false);
   for (int i = program.length - 1; i >= 0; --i) {
     const Kind kind = all[i].kind;
     switch (kind) {
       case Kind::property: break;
-      case Kind::complement: slopes[i - 1] = {slopes[i].log_size, !slopes[i].of_bad, !slopes[i].falls}; break;
+      case Kind::complement: slopes[i - 1].set(slopes[i].size, !slopes[i].of_bad, !slopes[i].falls); break;
       case Kind::all:
-      case Kind::any: slopes_of_all(Parts<Real>{all, values, i, kind == Kind::any}, slopes); break;
+      case Kind::any: slopes_of_all(Parts<Number>{all, values, i, kind == Kind::any}, slopes); break;
       case Kind::at_least: slopes_of_at_least(all, values, i, slopes, visited); break;
       case Kind::weakest: {
-        const Parts<Real> parts{all, values, i, false};
-        const int least = weakest_of(parts);
+        const Parts<Number> parts{all, values, i, false};
+        const auto least = weakest_of(parts).part;
         for (int n = parts.count(), part = parts.last(); n > 0; --n, part = parts.before(part)) {
-          slopes[part] = slopes[i];
-          if (part != least) slopes[part].log_size = -INFINITY;
+          const auto chosen = least == typename Constants<Number>::Index(part);
+          slopes[part].set(select(chosen, slopes[i].size, Constants<Number>::zero()), slopes[i].of_bad, slopes[i].falls);
         }
         break;
       }
@@ -298,18 +354,21 @@ LSC_FN inline void differentiate(
   }
 }
 
-template <typename Real>
+// |d u / d log p^w| of a property.
+template <typename Number>
+LSC_FN inline Number slope_at(const Judged<Number>& property, const Slope<Number>& slope) {
+  return slope.of_bad ? slope.size * quotient(property.weighted.good, property.weighted.bad) : slope.size;
+}
+
 struct PropertyGradient {
-  Real z, weight;  // d u / dz, d u / dw
+  double z, weight;  // d u / dz, d u / dw
 };
 
-template <typename Real>
-LSC_FN inline PropertyGradient<Real> gradient(const Judged<Real>& property, const Slope<Real>& slope) {
-  Real log_size = slope.log_size;
-  if (slope.of_bad) log_size = log_quotient(log_size + property.weighted.good, property.weighted.bad);
-  if (log_size == Real(-INFINITY)) return {Real(0), Real(0)};
-  const Real sign = slope.falls ? Real(-1) : Real(1);
-  return {sign * std::exp(log_size + property.log_slope), -sign * std::exp(log_size + log_minus_log(property.unweighted))};
+LSC_FN inline PropertyGradient gradient(const Judged<Log>& property, const Slope<Log>& slope) {
+  const Log size = slope_at(property, slope);
+  if (size == Constants<Log>::zero()) return {0.0, 0.0};
+  const double sign = slope.falls ? -1.0 : 1.0;
+  return {sign * std::exp((size * property.slope).log), -sign * std::exp((size * minus_log(property.unweighted)).log)};
 }
 
 }  // namespace LSC_ISA

@@ -40,8 +40,10 @@ class Scores(NamedTuple):
     others: Tensor  # n - 1, at least 1
 
 
-def _numbered(group: Tensor) -> Tensor:
-    """Ids of any value as numbers in [0, B)."""
+def _numbered(group: Tensor | int, utility: Tensor) -> Tensor:
+    """Ids of any value, or a size, as numbers in [0, B)."""
+    if not isinstance(group, Tensor):
+        return torch.arange(utility.shape[0], device=utility.device) // group
     ordered, order = group.long().sort(stable=True)
     new = torch.zeros_like(ordered)
     new[1:] = (ordered[1:] != ordered[:-1]).to(new.dtype)
@@ -79,11 +81,11 @@ def _scores_backward(grad: Tensor, scores: Scores, scaled: bool) -> Tensor:
 
 
 def _stages(
-    utility: Tensor, group: Tensor, weights: Tensor | None, options: GroupOptions
+    utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions
 ) -> tuple[Scores, Tensor | None, Scores | None]:
     """Each column's scores, the columns' weights, and the scores of their sum over the batch."""
     columns = utility.double() if utility.dim() == 2 else utility.double().unsqueeze(-1)
-    each = _scores(columns, _numbered(group), options.scaled, options.leave_one_out, options.eps)
+    each = _scores(columns, _numbered(group, utility), options.scaled, options.leave_one_out, options.eps)
     weight = None if weights is None else weights.double()
     if not options.over_batch:
         return each, weight, None
@@ -91,15 +93,15 @@ def _stages(
     return each, weight, _scores(total, torch.zeros_like(each.group), True, False, options.eps)
 
 
-def forward(utility: Tensor, group: Tensor, weights: Tensor | None, options: GroupOptions) -> Tensor:
-    """``group`` holds an id for each of the B rows."""
+def forward(utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions) -> Tensor:
+    """``group`` holds an id for each of the B rows, or is the size of groups that lie one after another."""
     each, _, batch = _stages(utility, group, weights, options)
     result = (each if batch is None else batch).advantages.squeeze(-1)
     return result if has_fp64(utility) else result.float()
 
 
 def backward(
-    grad: Tensor, utility: Tensor, group: Tensor, weights: Tensor | None, options: GroupOptions
+    grad: Tensor, utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions
 ) -> Tensor:
     """To the utility, in its dtype."""
     each, weight, batch = _stages(utility, group, weights, options)

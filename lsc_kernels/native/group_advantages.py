@@ -1,4 +1,4 @@
-"""group_advantages through the compiled kernels, which take and give fp64: it is a number per sequence."""
+"""group_advantages through the compiled kernels, which take a tensor of ids or a size."""
 
 from __future__ import annotations
 
@@ -10,27 +10,31 @@ from lsc_kernels.eager.group_advantages import GroupOptions
 _ops = torch.ops.lsc_kernels
 
 
+def _groups(group: Tensor | int) -> tuple[Tensor | None, int]:
+    return (group, 0) if isinstance(group, Tensor) else (None, group)
+
+
 def _weights(weights: Tensor | None) -> Tensor | None:
     return None if weights is None else weights.double()
 
 
-def forward(utility: Tensor, group: Tensor, weights: Tensor | None, options: GroupOptions) -> Tensor:
-    advantages: Tensor = _ops.group_advantages_forward(utility.double(), group, _weights(weights), *options)
-    return advantages.float()
+def forward(utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions) -> Tensor:
+    advantages: Tensor = _ops.group_advantages_forward(utility, *_groups(group), _weights(weights), *options)
+    return advantages
 
 
 def backward(
-    grad: Tensor, utility: Tensor, group: Tensor, weights: Tensor | None, options: GroupOptions
+    grad: Tensor, utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions
 ) -> Tensor:
     to_utility: Tensor = _ops.group_advantages_backward(
-        grad, utility.double(), group, _weights(weights), *options
+        grad, utility, *_groups(group), _weights(weights), *options
     )
-    return to_utility.to(utility.dtype)
+    return to_utility
 
 
 @torch.library.register_fake("lsc_kernels::group_advantages_forward")
 def _(utility: Tensor, *_: object) -> Tensor:
-    return utility.new_empty(utility.shape[:1])
+    return utility.new_empty(utility.shape[:1], dtype=torch.float32)
 
 
 @torch.library.register_fake("lsc_kernels::group_advantages_backward")

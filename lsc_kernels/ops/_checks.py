@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from numbers import Real
-from typing import TypeGuard
+from typing import SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor
@@ -95,6 +96,13 @@ def no_grad(name: str, value: Tensor) -> None:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a real number, of Python or another library (NumPy's scalars); neither a bool nor a tensor is."""
     return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+
+
+def whole(value: object) -> int | None:
+    """A whole number, of Python or another library (NumPy's scalars), as Python's; None if it is none. A bool is not."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return None
+    return operator.index(value)
 
 
 def number(name: str, value: object) -> float:

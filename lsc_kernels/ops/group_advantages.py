@@ -100,7 +100,7 @@ def group_advantages(
     if weights is not None and not several:
         raise ValueError(f"weights are those of the properties in method='gdpo'; got them with {method!r}")
     options = GroupOptions(method in ("grpo", "gdpo"), leave_one_out or method == "rloo", several, eps)
-    fixed = (_ids(group, utility), _weights(weights, utility), options)
+    fixed = (_groups(group, utility), _weights(weights, utility), options)
 
     kernels = select("group_advantages", utility)
     if wants_grad(utility):
@@ -110,18 +110,19 @@ def group_advantages(
     return advantages
 
 
-def _ids(group: object, utility: Tensor) -> Tensor:
-    """An id for each sample."""
+def _groups(group: object, utility: Tensor) -> Tensor | int:
+    """An id for each sample, or the size of all groups."""
     samples = utility.shape[0]
-    if isinstance(group, int) and not isinstance(group, bool):
-        if group < 1 or samples % group:
-            raise ValueError(f"group must be a size >= 1 that divides B = {samples}, or ids [B]; got {group}")
-        return torch.arange(samples, device=utility.device) // group
-    if not isinstance(group, Tensor):
+    if isinstance(group, Tensor):
+        ids = _checks.integer("group", group)
+        _checks.like("group", ids, utility.shape[:1], "one id per row of utility", "utility", utility.device)
+        return ids
+    size = _checks.whole(group)
+    if size is None:
         raise TypeError(f"group must be a tensor of ids or a group size; got {type(group).__name__}")
-    ids = _checks.integer("group", group)
-    _checks.like("group", ids, utility.shape[:1], "one id per row of utility", "utility", utility.device)
-    return ids
+    if size < 1 or samples % size:
+        raise ValueError(f"group must be a size >= 1 that divides B = {samples}, or ids [B]; got {size}")
+    return size
 
 
 def _weights(weights: object, utility: Tensor) -> Tensor | None:
@@ -138,20 +139,21 @@ def _weights(weights: object, utility: Tensor) -> Tensor | None:
 class _GroupAdvantages(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: tuple[ModuleType, Tensor, Tensor | None, GroupOptions], utility: Tensor
+        ctx: Any, call: tuple[ModuleType, Tensor | int, Tensor | None, GroupOptions], utility: Tensor
     ) -> Tensor:
         kernels, group, weights, options = call
-        ctx.save_for_backward(utility, group, weights)
-        ctx.call = kernels, options
+        ids, size = (group, None) if isinstance(group, Tensor) else (None, group)
+        ctx.save_for_backward(utility, ids, weights)
+        ctx.call = kernels, size, options
         advantages: Tensor = kernels.forward(utility, group, weights, options)
         return advantages
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        utility, group, weights = ctx.saved_tensors
-        kernels, options = ctx.call
+        utility, ids, weights = ctx.saved_tensors
+        kernels, size, options = ctx.call
         with torch.no_grad():
-            to_utility = kernels.backward(grad, utility, group, weights, options)
+            to_utility = kernels.backward(grad, utility, size if ids is None else ids, weights, options)
         return None, first_derivative("group_advantages", to_utility, grad, utility)
 
 

@@ -129,8 +129,8 @@ class _Chain:
     """The stages: columns scored by group, then with ``over_batch`` their weighted sum over the whole batch."""
 
     def __init__(
-        self, utility: Tensor, group: Tensor, weights: Tensor | None, scaled: bool, leave_one_out: bool,
-        over_batch: bool, eps: float,
+        self, utility: Tensor, group: Tensor | None, size: int, weights: Tensor | None, scaled: bool,
+        leave_one_out: bool, over_batch: bool, eps: float,
     ) -> None:  # fmt: skip
         self.utility, self.weights, self.over_batch, self.eps = (
             utility.contiguous(),
@@ -138,7 +138,11 @@ class _Chain:
             over_batch,
             eps,
         )
-        self.ids, self.order = group.sort(stable=True)
+        if group is None:
+            self.order = torch.arange(len(utility), device=utility.device)
+            self.ids = self.order // size
+        else:
+            self.ids, self.order = group.sort(stable=True)
         self.rules = {"SCALED": scaled, "LEAVE_ONE_OUT": leave_one_out}
 
     def each(self, grad: Tensor | None, out: Tensor) -> Tensor:
@@ -165,7 +169,7 @@ class _Chain:
 
 
 _OPTIONS = "bool scaled, bool leave_one_out, bool over_batch, float eps"
-_ARGUMENTS = f"Tensor utility, Tensor group, Tensor? weights, {_OPTIONS}"
+_ARGUMENTS = f"Tensor utility, Tensor? group, int size, Tensor? weights, {_OPTIONS}"
 
 
 @operator(
@@ -191,13 +195,17 @@ def _backward(grad: Tensor, utility: Tensor, *arguments: Any) -> Tensor:
 _ops = torch.ops.lsc_kernels_triton
 
 
-def forward(utility: Tensor, group: Tensor, weights: Tensor | None, options: GroupOptions) -> Tensor:
-    result: Tensor = _ops.group_advantages_forward(utility, group, weights, *options)
+def _groups(group: Tensor | int) -> tuple[Tensor | None, int]:
+    return (group, 0) if isinstance(group, Tensor) else (None, group)
+
+
+def forward(utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions) -> Tensor:
+    result: Tensor = _ops.group_advantages_forward(utility, *_groups(group), weights, *options)
     return result
 
 
 def backward(
-    grad: Tensor, utility: Tensor, group: Tensor, weights: Tensor | None, options: GroupOptions
+    grad: Tensor, utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions
 ) -> Tensor:
-    result: Tensor = _ops.group_advantages_backward(grad, utility, group, weights, *options)
+    result: Tensor = _ops.group_advantages_backward(grad, utility, *_groups(group), weights, *options)
     return result

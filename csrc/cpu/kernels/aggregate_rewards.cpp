@@ -1,6 +1,6 @@
 // aggregate_rewards: reads a score and what is not broadcast against it, writes one u per row of K scores; backward reads
-// one upstream gradient per row too and writes the gradients that are wanted. A formula is interpreted row by row; without
-// one, whole tiles of scores are transformed and summed.
+// one upstream gradient per row too and writes the gradients that are wanted. A formula is interpreted block by block of
+// rows; without one, whole tiles of scores are transformed and summed.
 #include "cpu/kernels/aggregate_rewards.h"
 
 #include "cpu/kernels/formula_rows.h"
@@ -83,9 +83,7 @@ void aggregate_forward(const TransformInputs& inputs, const Aggregation& how, fl
   const int64_t columns = inputs.columns;
   for_dtype(inputs.dtype, [&](auto type) {
     if (how.program) {
-      FormulaRows<decltype(type)> formula(inputs, how);
-      for (int64_t row = begin; row < end; ++row) utility[row] = formula.value(row);
-      return;
+      return FormulaRows<decltype(type)>(inputs, how).values(utility, begin, end);
     }
     TransformTile<decltype(type)> tile(inputs);
     Terms terms(inputs, how);
@@ -111,9 +109,7 @@ void aggregate_backward(const TransformInputs& inputs, const Aggregation& how, c
     using T = decltype(type);
     UpstreamTile<kTile> given(grad);
     if (how.program) {
-      FormulaRows<T> formula(inputs, how);
-      for (int64_t row = begin; row < end; ++row) formula.gradients(row, *given.along(row, 1), out);
-      return;
+      return FormulaRows<T>(inputs, how).gradients(given, out, begin, end);
     }
     TransformTile<T> tile(inputs);
     Terms terms(inputs, how);

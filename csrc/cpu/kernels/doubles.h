@@ -2,6 +2,7 @@
 // for memory, so what is computed of them is computed in fp64. Comparisons with NaN are false.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -24,6 +25,7 @@ constexpr int kDoubles = 2;
 
 typedef double DoubleLanes __attribute__((vector_size(8 * kDoubles)));
 typedef int64_t BitLanes __attribute__((vector_size(8 * kDoubles)));
+typedef uint64_t UnsignedLanes __attribute__((vector_size(8 * kDoubles)));
 
 struct Doubles {
   static constexpr int kLanes = kDoubles;
@@ -39,8 +41,10 @@ struct Chosen {
 inline Doubles operator+(Doubles a, Doubles b) { return a.v + b.v; }
 inline Doubles operator-(Doubles a, Doubles b) { return a.v - b.v; }
 inline Doubles operator*(Doubles a, Doubles b) { return a.v * b.v; }
+inline Doubles operator/(Doubles a, Doubles b) { return a.v / b.v; }
 inline Chosen operator<(Doubles a, Doubles b) { return {a.v < b.v}; }
 inline Chosen operator==(Doubles a, Doubles b) { return {a.v == b.v}; }
+inline Chosen is_nan(Doubles a) { return {a.v != a.v}; }
 inline Chosen either(Chosen a, Chosen b) { return {a.v | b.v}; }
 inline bool all(Chosen a) {
 #if defined(__AVX512F__)
@@ -52,6 +56,12 @@ inline bool all(Chosen a) {
 #endif
 }
 inline Doubles select(Chosen where, Doubles yes, Doubles no) { return Doubles(where.v ? yes.v : no.v); }
+inline Doubles smaller_of(Doubles a, Doubles b) { return select(a < b, a, b); }
+// 0 where one of them is.
+inline Doubles quotient(Doubles a, Doubles b) {
+  const Doubles zero(0.0);
+  return select(either(a == zero, b == zero), zero, a / b);
+}
 inline Doubles abs(Doubles a) { return Doubles(DoubleLanes((BitLanes)a.v & INT64_MAX)); }
 
 // a b + c
@@ -122,19 +132,67 @@ inline Doubles scale2(Doubles a, Doubles n) {
   return a * Doubles((DoubleLanes)((BitLanes)biased << 52));
 }
 
+// p = m 2^-n, 1/sqrt(2) < m <= sqrt(2), for a p in (0, 1] that is no subnormal number.
+constexpr int64_t kSqrt2 = 0x3ff6a09e667f3bcd;
+inline Doubles negative_exponent(Doubles p) {
+  const auto n = (BitLanes)((UnsignedLanes)(kSqrt2 - (BitLanes)p.v) >> 52);
+  return Doubles((DoubleLanes)(n | 0x4330000000000000)) - Doubles(0x1p52);
+}
+inline Doubles mantissa(Doubles p) {
+  const BitLanes bits = (BitLanes)p.v;
+  return Doubles((DoubleLanes)(bits + ((kSqrt2 - bits) & -(int64_t(1) << 52))));
+}
+
+// e^a = 2^n (1 + r t)
+struct Power {
+  Doubles n, r, t;
+};
+
+// Of a in a range where 2^n is not yet infinity or 0.
+inline Power power_of(Doubles a) {
+  const Doubles magic(0x1.8p52);
+  const Doubles n = (a * Doubles(1.4426950408889634) + magic) - magic;
+  const Doubles r = fma(n, Doubles(-0x1.62e42fefa39efp-1), a);
+  Doubles t(1.0 / 40320);
+  for (const double coefficient : {1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0}) t = fma(t, r, Doubles(coefficient));
+  return {n, r, t};
+}
+
 // e^a to a relative 3e-10: what is rounded to fp32 asks for no more. e^0 is exactly 1.
 inline Doubles exponential(Doubles a) {
   // far enough for infinity and 0; NaN stays
-  const Doubles limited = select(a < Doubles(-746.0), Doubles(-746.0), select(Doubles(710.0) < a, Doubles(710.0), a));
-  const Doubles magic(0x1.8p52);
-  const Doubles n = (limited * Doubles(1.4426950408889634) + magic) - magic;
-  const Doubles r = fma(n, Doubles(-0x1.62e42fefa39efp-1), limited);
-  Doubles sum(1.0 / 40320);
-  for (const double coefficient : {1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0}) {
-    sum = fma(sum, r, Doubles(coefficient));
-  }
-  const Doubles half = (n * Doubles(0.5) + magic) - magic;  // 2^n itself may be beyond the range
-  return scale2(scale2(sum, half), n - half);
+  const Power power = power_of(select(a < Doubles(-746.0), Doubles(-746.0), select(Doubles(710.0) < a, Doubles(710.0), a)));
+  const Doubles magic(0x1.8p52), half = (power.n * Doubles(0.5) + magic) - magic;  // 2^n itself may be beyond the range
+  return scale2(scale2(fma(power.t, power.r, Doubles(1.0)), half), power.n - half);
+}
+
+// The same for a <= 0, and 1 - e^a to a relative 2e-9. Below -700 as if it were that; NaN stays.
+inline Power negative_power_of(Doubles a) {
+  return power_of(select(a < Doubles(-700.0), Doubles(-700.0), a));
+}
+inline Doubles exponential_of_negative(Doubles a) {
+  const Power power = negative_power_of(a);
+  return scale2(fma(power.t, power.r, Doubles(1.0)), power.n);
+}
+struct ExponentialPair {
+  Doubles power, rest;
+};
+inline ExponentialPair exponential_pair(Doubles a) {
+  const Power power = negative_power_of(a);
+  const Doubles two_to_n = scale2(Doubles(1.0), power.n), changed = two_to_n * (power.t * power.r);
+  return {two_to_n + changed, (Doubles(1.0) - two_to_n) - changed};
+}
+
+// log p of p in [0, 1] with 1 - p, to a relative 2e-10. log 0 is -inf, NaN stays.
+inline Doubles logarithm(Doubles p, Doubles rest) {
+  const Doubles zero(0.0), one(1.0);
+  const Doubles f = select(Doubles(0x1.6a09e667f3bcdp-1) < p, zero - rest, mantissa(p) - one);
+  // log m = 2 atanh((m - 1) / (m + 1))
+  const Doubles s = f / (Doubles(2.0) + f), square = s * s;
+  Doubles series(1.0 / 11);
+  for (const double coefficient : {1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0}) series = fma(series, square, Doubles(coefficient));
+  const Doubles log = fma(negative_exponent(p), Doubles(-0x1.62e42fefa39efp-1), (s + s) * series);
+  return select(zero < p, log, select(p == zero, Doubles(-INFINITY), p));
 }
 
 }  // namespace LSC_ISA
