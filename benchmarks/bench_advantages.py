@@ -94,8 +94,8 @@ def in_fp64(textbook: Function) -> Function:
 
 
 def test_gae(compare: Any, size: Any, generator: Generator) -> None:
-    """No backward pass: trainers compute advantages without one, and their loop has none. No torch.compile: it traces every
-    one of thousands of steps and does not end within minutes."""
+    """No backward pass: trainers compute advantages without one, and their loop has none. No torch.compile: it traces
+    every one of thousands of steps and does not end within minutes."""
     rewards, values = torch.randn(2, size.sequences, size.length, generator=generator)
     mask = lengths_mask(size, generator)
 

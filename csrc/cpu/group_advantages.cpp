@@ -30,8 +30,7 @@ class Members {
 
  private:
   void by_id(const Tensor& ids, int64_t batch) {
-    std::vector<int64_t> id(batch);
-    for (int64_t i = 0; i < batch; ++i) id[i] = integer_at(ids, i);
+    const std::vector<int64_t> id = integers_of(ids);
     if (!std::is_sorted(id.begin(), id.end())) sort(id);
     const auto id_at = [&](int64_t place) { return id[order_.empty() ? place : order_[place]]; };
     bounds_.push_back(0);

@@ -27,12 +27,13 @@ inline void segment_ends(const Tensor& cu_seqlens, int64_t tokens, int64_t* posi
 }
 
 inline void indexed(const Tensor& index, int64_t length, int64_t* positions) {
-  for (int64_t b = 0; b < index.size(0); ++b) {
-    const int64_t place = integer_at(index, b);
+  int64_t b = 0;
+  for (const int64_t place : integers_of(index)) {
     if (place < 0 || place >= length) {
       throw std::out_of_range("index must be in [0, S) with S = " + std::to_string(length) + "; got " + std::to_string(place));
     }
     positions[b] = b * length + place;
+    ++b;
   }
 }
 

@@ -7,16 +7,24 @@
 
 namespace lsc {
 
-inline int64_t integer_at(const Tensor& tensor, int64_t i) {
-  const int64_t at = i * tensor.stride(0);
-  return tensor.scalar_type() == torch::headeronly::ScalarType::Int ? static_cast<const int32_t*>(tensor.data_ptr())[at]
-                                                                    : static_cast<const int64_t*>(tensor.data_ptr())[at];
+// The elements of a [N] index tensor.
+inline std::vector<int64_t> integers_of(const Tensor& tensor) {
+  std::vector<int64_t> result(tensor.size(0));
+  const int64_t stride = tensor.stride(0);
+  const auto read = [&](const auto* from) {
+    for (size_t i = 0; i < result.size(); ++i) result[i] = from[int64_t(i) * stride];
+  };
+  if (tensor.scalar_type() == torch::headeronly::ScalarType::Int) {
+    read(static_cast<const int32_t*>(tensor.data_ptr()));
+  } else {
+    read(static_cast<const int64_t*>(tensor.data_ptr()));
+  }
+  return result;
 }
 
 // The elements of cu_seqlens, which rise from 0 to `tokens`; `meaning` is how the error calls those.
 inline std::vector<int64_t> segment_bounds(const Tensor& cu_seqlens, int64_t tokens, const std::string& meaning) {
-  std::vector<int64_t> bounds(cu_seqlens.size(0));
-  for (size_t b = 0; b < bounds.size(); ++b) bounds[b] = integer_at(cu_seqlens, int64_t(b));
+  const std::vector<int64_t> bounds = integers_of(cu_seqlens);
   bool rises = bounds.front() == 0 && bounds.back() == tokens;
   for (size_t b = 0; b + 1 < bounds.size(); ++b) rises &= bounds[b] <= bounds[b + 1];
   if (rises) return bounds;

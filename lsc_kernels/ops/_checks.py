@@ -99,7 +99,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def whole(value: object) -> int | None:
-    """A whole number, of Python or another library (NumPy's scalars), as Python's; None if it is none. A bool is not."""
+    """An integer of Python or another library (NumPy's scalars) as Python's; None if it is none. A bool is not."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         return None
     return operator.index(value)
