@@ -2,27 +2,26 @@
 //
 // Design constraint: the result is accurate to its own size, whether it is -1e-30 or -1e4, and a gradient neither becomes
 // inf * 0 nor loses its digits where probabilities come to 0 or 1. Neither p nor log p can say both: 1 - p is lost in p
-// near 1, log(1 - p) in log p near -0. So every value is the pair (log p, log(1 - p)). Only positive terms are added; the
-// probability below 1/2 comes from such a sum, and the other of the pair from it by log1mexp. Complement is a swap, and
-// any(a, b) is the complement of all(~a, ~b).
+// near 1, log(1 - p) in log p near -0. So every value is a pair, p and 1 - p. Only positive terms are added. Complement is a
+// swap, and any(a, b) is the complement of all(~a, ~b).
 //
-//     all        log p = sum log p_i              1 - p = q_1 + p_1 (q_2 + p_2 (q_3 + ...)), in logarithms
-//     at least m Poisson-binomial, counts[j] = log P(j of those so far hold) for j < m, and one that keeps P(m or more)
+//     all        p = prod p_i                     1 - p = q_1 + p_1 (q_2 + p_2 (q_3 + ...))
+//     at least m Poisson-binomial, counts[j] = P(j of those so far hold) for j < m, and one that keeps P(m or more)
 //     weakest    the pair of the least probable
 //
-// The gradient goes from the root to the properties as the logarithm of |d u / d log p| or of |d u / d log(1 - p)|,
-// whichever is at hand. Its sign depends on nothing but the number of complements on the way.
+// The gradient goes from the root to the properties as |d u / d log p| or as |d u / d log(1 - p)|, whichever is at hand. Its
+// sign depends on nothing but the number of complements on the way.
 //
 //     all        d log p / d log p_i = 1              |d log(1-p) / d log p_i| = p / (1-p)
 //     at least m d log p / d log p_i = c_i p_i / p    d log(1-p) / d log(1-p_i) = c_i (1-p_i) / (1-p),
 //                c_i = P(exactly m - 1 of the others hold)
 //     weakest    1 for the least probable
 //
-// What a value is a pair of is a Number: a double's logarithm (Log) holds any probability. Where none of a row's is beyond a
-// double's range the same is done to the probabilities themselves, many rows at once: every value and every slope is a sum of
-// positive products then, in which a property stands once, so none is smaller than the product over all properties of the
-// smaller one of p and 1 - p, or larger than its inverse. Such a Number brings +, *, <, ==, select, is_nan, quotient and what
-// Log has beside them (cpu/kernels/formula_rows.h).
+// What a value is a pair of is a Number. A Log holds any probability by its logarithm; of a pair, the probability below 1/2
+// comes from a sum, and the other from it by log1mexp. Where nothing of a row leaves a double's range a Number is a vector of
+// doubles, the probabilities of many rows themselves: every value is a sum of positive products in which a property stands
+// once at most, so none is smaller than the product over all properties of the smaller one of p and 1 - p, and no slope is
+// larger than its inverse (cpu/kernels/formula_rows.h). It brings +, *, <, ==, select, either, is_nan and quotient, as Log does.
 //
 // A row's work is O(n m) for at_least, O(n) else.
 #pragma once

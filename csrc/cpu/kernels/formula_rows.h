@@ -5,8 +5,6 @@
 // exponential per property and one logarithm per row. That keeps every digit unless a row's scores are so far out that some
 // product of them leaves a double's range; such a row, or one with NaN or infinity, is evaluated on its own, in logarithms.
 // Which way is taken depends on nothing but the row.
-//
-// In fp64 as what lies near 1 and near 0 is asked for at once: see math/formula.h.
 #pragma once
 
 #include <algorithm>
@@ -48,12 +46,12 @@ class FormulaRows {
     for_each_block(begin, end, [&](int64_t first, int n) {
       judge_block();
       Doubles good[kBlockVectors], bad[kBlockVectors];
-      for (int j = 0; j < kBlockVectors; ++j) {
+      for (int j = 0; j < vectors_; ++j) {
         const Judgement<Doubles>& whole = evaluate(program_, judged(j), values_.get());
         good[j] = whole.good, bad[j] = whole.bad;
       }
       float u[kBlockRows];
-      for (int j = 0; j < kBlockVectors; ++j) store_rounded(u + j * Doubles::kLanes, logarithm(good[j], bad[j]));
+      for (int j = 0; j < vectors_; ++j) store_rounded(u + j * Doubles::kLanes, logarithm(good[j], bad[j]));
       for (int i = 0; i < n; ++i) utility[first + i] = has_room(i) ? u[i] : value(first + i);
     });
   }
@@ -72,7 +70,7 @@ class FormulaRows {
     const std::unique_ptr<Visited<Doubles>[]> visited(new Visited<Doubles>[properties_]);
     for_each_block(begin, end, [&](int64_t first, int n) {
       judge_block();
-      for (int j = 0; j * Doubles::kLanes < n; ++j) {
+      for (int j = 0; j < vectors_; ++j) {
         evaluate(program_, judged(j), values_.get());
         differentiate(program_, values_.get(), slopes.get(), visited.get());
         float upstream[Doubles::kLanes];
@@ -111,7 +109,8 @@ class FormulaRows {
   void for_each_block(int64_t begin, int64_t end, const Each& each) {
     for (int64_t first = begin; first < end; first += kBlockRows) {
       const int n = int(std::min<int64_t>(kBlockRows, end - first));
-      for (int i = 0; i < kBlockRows; ++i) begins_[i] = (first + std::min(i, n - 1)) * inputs_.columns;
+      vectors_ = (n + Doubles::kLanes - 1) / Doubles::kLanes;
+      for (int i = 0; i < vectors_ * Doubles::kLanes; ++i) begins_[i] = (first + std::min(i, n - 1)) * inputs_.columns;
       each(first, n);
     }
   }
@@ -150,9 +149,9 @@ class FormulaRows {
     std::fill_n(room, kBlockVectors, Doubles(1.0));
     for (int i = 0; i < properties_; ++i) {
       const int64_t column = column_of(i);
-      for (int j = 0; j < kBlockVectors; ++j) z[j] = centred(column, j);
-      for (int j = 0; j < kBlockVectors; ++j) e[j] = exponential_of_negative(Doubles(0.0) - abs(z[j]));
-      for (int j = 0; j < kBlockVectors; ++j) room[j] = room[j] * judge_rows(judged(j)[i], z[j], e[j], column, j);
+      for (int j = 0; j < vectors_; ++j) z[j] = centred(column, j);
+      for (int j = 0; j < vectors_; ++j) e[j] = exponential_of_negative(Doubles(0.0) - abs(z[j]));
+      for (int j = 0; j < vectors_; ++j) room[j] = room[j] * judge_rows(judged(j)[i], z[j], e[j], column, j);
     }
     static_assert(sizeof room == sizeof room_);
     std::memcpy(room_, room, sizeof room_);
@@ -256,6 +255,7 @@ class FormulaRows {
   const bool scaled_, has_floor_, weighted_;
   int properties_ = 0, instruction_[kMaxProperties];
   // the block in place
+  int vectors_;
   int64_t begins_[kBlockRows];
   double room_[kBlockRows];
   std::unique_ptr<Judged<Doubles>[]> judged_;
