@@ -14,6 +14,7 @@
 #include "cpu/kernels/doubles.h"
 #include "cpu/kernels/tiles.h"
 #include "cpu/kernels/transform_tile.h"
+#include "cpu/kernels/upstream.h"
 #include "math/formula.h"
 
 namespace lsc {
@@ -28,6 +29,7 @@ constexpr double kRoom = 1e-200;
 // What a vector waits for is hidden by the other vectors of its block.
 constexpr int kBlockVectors = 8;
 constexpr int kBlockRows = kBlockVectors * Doubles::kLanes;
+static_assert(kBlockRows <= kTile);
 
 template <typename T>
 class FormulaRows {
@@ -57,7 +59,7 @@ class FormulaRows {
   }
 
   // Of every gradient that is wanted: 0 for the columns that the formula does not name, and for all of a row where nobody asked.
-  void gradients(const float* grad, const TransformGradients& out, int64_t begin, int64_t end) {
+  void gradients(UpstreamTile<kTile>& given, const TransformGradients& out, int64_t begin, int64_t end) {
     const int64_t columns = inputs_.columns;
     if (columns > properties_) {
       const int64_t from = begin * columns, count = (end - begin) * columns;
@@ -70,16 +72,17 @@ class FormulaRows {
     const std::unique_ptr<Visited<Doubles>[]> visited(new Visited<Doubles>[properties_]);
     for_each_block(begin, end, [&](int64_t first, int n) {
       judge_block();
+      const float* grad = given.along(first, n);
       for (int j = 0; j < vectors_; ++j) {
         evaluate(program_, judged(j), values_.get());
         differentiate(program_, values_.get(), slopes.get(), visited.get());
         float upstream[Doubles::kLanes];
         const int at = j * Doubles::kLanes, own = std::min(Doubles::kLanes, n - at);
-        for (int i = 0; i < Doubles::kLanes; ++i) upstream[i] = i < own ? grad[first + at + i] : 0.0f;
+        for (int i = 0; i < Doubles::kLanes; ++i) upstream[i] = i < own ? grad[at + i] : 0.0f;
         for (int i = 0; i < properties_; ++i) property_gradients(i, slopes[instruction_[i]], load_doubles(upstream), j, own, out);
       }
       for (int i = 0; i < n; ++i) {
-        if (!has_room(i)) gradients(first + i, grad[first + i], out);
+        if (!has_room(i)) gradients(first + i, grad[i], out);
       }
     });
   }
