@@ -71,6 +71,15 @@ def _spreading(shift: float) -> Callable[[Tensor, Tensor], Pair]:
     return pair
 
 
+def _shifted_but_for_one(a: Tensor, b: Tensor) -> Pair:
+    """One shift between the two models, exact in every column, and one column of little weight that has another."""
+    x = (3 * a * 1024).round() / 1024
+    seventh = min(7, a.shape[-1])
+    one = torch.zeros_like(x)
+    one.scatter_(-1, x.topk(seventh).indices[..., -1:] if x.numel() else x.long(), 0.7)
+    return x, x - 102 / 1024 - one
+
+
 def _disjoint(a: Tensor, b: Tensor) -> Pair:
     """Policy and reference put their mass where the other has none, by more than 100 nats."""
     first_half = torch.arange(a.shape[-1]) < (a.shape[-1] + 1) // 2
@@ -117,6 +126,7 @@ REGIMES: dict[str, Callable[[Tensor, Tensor], Pair]] = {
     "shift_ref_-1e4": _shift(0.0, -1e4, 1e-1),
     "shift_apart_1e4": _shift(-1e4, 1e4, 1e-1),
     "shift_ref_0.4": _shift(0.0, 0.4, 0.1),
+    "shifted_but_for_one": _shifted_but_for_one,
     "spreading": _spreading(0.0),
     "spreading_shift": _spreading(2.0),
     "outlier_at_largest": _outlier_at_largest(-4.0),

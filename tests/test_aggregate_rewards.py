@@ -534,6 +534,18 @@ def test_floor_in_formulas(backend: str) -> None:
     )
     not_good = lk.aggregate_rewards(scores, 0.0, formula="~0", floor=f)
     assert not_good.tolist() == pytest.approx([math.log(1 - f), math.log(1 - f) - 200])
+    rows = torch.tensor([[-math.inf, 0.3], [-800.0, -0.2], [-30.0, math.inf], [0.4, 0.1]])
+
+    def step(r: Tensor, s: Tensor) -> Tensor:
+        return lk.aggregate_rewards(r, 0.1, formula="0 & 1", floor=f, scale=s)
+
+    value, gradients = with_gradients(step, torch.ones(4), [rows, torch.tensor([1.3, 0.7])])
+    truth, true_gradients = with_gradients(
+        step, torch.ones(4).double(), [rows.double(), torch.tensor([1.3, 0.7]).double()]
+    )
+    for got, wanted in zip((value, *gradients), (truth, *true_gradients), strict=True):
+        assert got is not None and wanted is not None
+        assert got.flatten().tolist() == pytest.approx(wanted.flatten().tolist(), rel=1e-5, abs=1e-9)
 
 
 FORMULAS = [

@@ -37,7 +37,7 @@ def inputs(seed: int, vocabulary: int = V) -> dict[str, Tensor]:
     policy = 3 * normal(B, T, vocabulary)
     return {
         "policy": policy,
-        "ref": policy + 0.1 * normal(B, T, V),
+        "ref": policy + 0.1 * normal(B, T, vocabulary),
         "actions": torch.randint(vocabulary, (B, T), generator=g, device="cuda"),
         "mask": torch.arange(T, device="cuda") < torch.randint(1, T + 1, (B, 1), generator=g, device="cuda"),
         "hidden": normal(B, T, H),

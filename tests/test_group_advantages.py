@@ -293,6 +293,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "group must be a tensor of ids or a group size; got list",
     ),
     (lambda: lk.group_advantages(U, U), TypeError, "group must be int64 or int32"),
+    (lambda: lk.group_advantages(U, np.arange(6) // 3), TypeError, "group must be a tensor.*got ndarray"),
     (
         lambda: lk.group_advantages(U, torch.zeros(5).long()),
         ValueError,

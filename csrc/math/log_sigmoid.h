@@ -15,7 +15,7 @@ namespace LSC_ISA {
 
 // e^(x + low) for x < 80, 0 far below, and a small low. e^r = 1 + r + r^2 q(r), |r| <= ln(2)/2, q minimax of degree 4 (3e-9).
 template <typename V>
-LSC_FN inline V exp_negative(V x, V low) {
+LSC_FN inline V exp_pair(V x, V low) {
   const V limited = max(V(kExp2Floor * 0x1.62e43p-1f), x);
   const V n = round(limited * V(0x1.715476p+0f));
   // ln 2 in two parts, the first short enough for its product with n to be exact
@@ -49,13 +49,13 @@ struct Utility {
 // e^-|z + low|
 template <typename V>
 LSC_FN inline V exp_minus_abs(V z, V low) {
-  return exp_negative(V(0.0f) - abs(z), select(z < V(0.0f), low, V(0.0f) - low));
+  return exp_pair(V(0.0f) - abs(z), select(z < V(0.0f), low, V(0.0f) - low));
 }
 
 // The same where the sign of low does not matter for z < 0, as it is far below what is added to e then.
 template <typename V>
 LSC_FN inline V exp_minus_abs_above(V z, V low) {
-  return exp_negative(V(0.0f) - abs(z), V(0.0f) - low);
+  return exp_pair(V(0.0f) - abs(z), V(0.0f) - low);
 }
 
 // u = min(z, 0) - log1p(e^-|z|)

@@ -40,6 +40,11 @@ class Scores(NamedTuple):
     others: Tensor  # n - 1, at least 1
 
 
+def ids_and_size(group: Tensor | int) -> tuple[Tensor | None, int]:
+    """The groups as a kernel takes them: ids, or none and the size of each."""
+    return (group, 0) if isinstance(group, Tensor) else (None, group)
+
+
 def _numbered(group: Tensor | int, utility: Tensor) -> Tensor:
     """Ids of any value, or a size, as numbers in [0, B)."""
     if not isinstance(group, Tensor):

@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lsc_kernels.eager.group_advantages import GroupOptions
+from lsc_kernels.eager.group_advantages import GroupOptions, ids_and_size
 
 _ops = torch.ops.lsc_kernels
-
-
-def _groups(group: Tensor | int) -> tuple[Tensor | None, int]:
-    return (group, 0) if isinstance(group, Tensor) else (None, group)
 
 
 def _weights(weights: Tensor | None) -> Tensor | None:
@@ -19,7 +15,9 @@ def _weights(weights: Tensor | None) -> Tensor | None:
 
 
 def forward(utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions) -> Tensor:
-    advantages: Tensor = _ops.group_advantages_forward(utility, *_groups(group), _weights(weights), *options)
+    advantages: Tensor = _ops.group_advantages_forward(
+        utility, *ids_and_size(group), _weights(weights), *options
+    )
     return advantages
 
 
@@ -27,7 +25,7 @@ def backward(
     grad: Tensor, utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions
 ) -> Tensor:
     to_utility: Tensor = _ops.group_advantages_backward(
-        grad, utility, *_groups(group), _weights(weights), *options
+        grad, utility, *ids_and_size(group), _weights(weights), *options
     )
     return to_utility
 

@@ -102,7 +102,10 @@ def whole(value: object) -> int | None:
     """An integer of Python or another library (NumPy's scalars) as Python's; None if it is none. A bool is not."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         return None
-    return operator.index(value)
+    try:
+        return operator.index(value)
+    except TypeError:  # an array of several numbers
+        return None
 
 
 def number(name: str, value: object) -> float:

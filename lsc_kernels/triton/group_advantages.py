@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lsc_kernels.eager.group_advantages import GroupOptions
+from lsc_kernels.eager.group_advantages import GroupOptions, ids_and_size
 from lsc_kernels.triton._launch import block, dense, launch, operator
 from lsc_kernels.triton.token_rows import narrow
 
@@ -195,17 +195,13 @@ def _backward(grad: Tensor, utility: Tensor, *arguments: Any) -> Tensor:
 _ops = torch.ops.lsc_kernels_triton
 
 
-def _groups(group: Tensor | int) -> tuple[Tensor | None, int]:
-    return (group, 0) if isinstance(group, Tensor) else (None, group)
-
-
 def forward(utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions) -> Tensor:
-    result: Tensor = _ops.group_advantages_forward(utility, *_groups(group), weights, *options)
+    result: Tensor = _ops.group_advantages_forward(utility, *ids_and_size(group), weights, *options)
     return result
 
 
 def backward(
     grad: Tensor, utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions
 ) -> Tensor:
-    result: Tensor = _ops.group_advantages_backward(grad, utility, *_groups(group), weights, *options)
+    result: Tensor = _ops.group_advantages_backward(grad, utility, *ids_and_size(group), weights, *options)
     return result

@@ -54,7 +54,7 @@ def _power_of_two(n):
 
 
 @triton.jit
-def exp_negative(x, low):
+def exp_pair(x, low):
     """e^(x + low) for x <= 0 and a small low: 1 + r + r^2 q(r), |r| <= ln(2)/2, q minimax of degree 4 (3e-9)."""
     limited = tl.where(x < -110.0, -110.0, x)
     n = tl.floor(tl.fma(limited, 1.44269502, 0.5))
@@ -86,7 +86,7 @@ def log1p_unit(x):
 @triton.jit
 def exp_minus_abs(high, low):
     """e^-|z + low|"""
-    return exp_negative(-tl.abs(high), tl.where(high < 0, low, -low))
+    return exp_pair(-tl.abs(high), tl.where(high < 0, low, -low))
 
 
 @triton.jit

@@ -95,8 +95,11 @@ void bradley_terry_backward(const PairInputs& in, const Upstream& grad, double f
       const float* of_each = grad.data ? given.along(first, int(last - first)) : nullptr;
       for_each_pair<T>(in, first, last, [&](int64_t at, int n, Vec both, Difference d) {
         const bool whole = n == Vec::kLanes;
-        const float* here = of_each + (at - first);
-        const Vec upstream = of_each ? of_all * (whole ? load(here) : load_first(here, n, 0.0f)) : of_all;
+        Vec upstream = of_all;
+        if (of_each) {
+          const float* here = of_each + (at - first);
+          upstream = of_all * (whole ? load(here) : load_first(here, n, 0.0f));
+        }
         // a slope that nobody asked for counts for nothing, even if it is NaN
         const Mask nobody = upstream == zero;
         const Vec slope = select(nobody, zero, upstream * log_sigmoid_slope(d.value, d.low));

@@ -169,7 +169,8 @@ class FormulaRows {
     if (has_floor_) {
       const Doubles floor = operand(inputs_.floor, column, j), right = one - floor, sigmoid = good;
       good = floor + right * sigmoid, bad = right * bad;
-      slope = bad * sigmoid / good, least = smaller_of(good, bad);
+      // beyond 700 the exponential is that of 700, which a gradient times z would show
+      slope = bad * sigmoid / good, least = select(abs(z) < Doubles(700.0), smaller_of(good, bad), zero);
     }
     Doubles unweighted_good = good, unweighted_bad = bad;
     if (weighted_) {

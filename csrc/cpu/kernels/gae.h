@@ -24,7 +24,6 @@ struct GaeInputs {
   TypedData rewards, values, bootstrap;  // values, [B] bootstrap: null is 0
 };
 
-// Each null where it is not given.
 struct GaeUpstream {
   Upstream advantages, returns;  // each with null data where there is none
 };

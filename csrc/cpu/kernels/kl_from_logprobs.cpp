@@ -21,7 +21,7 @@ namespace LSC_ISA {
 constexpr float kLargestRatio = 40, kLargestLogWeight = 4;  // in fp32: their powers and their products are finite
 
 // What math/kl.h asks of a vector of floats, and its k3 with the series of fp32.
-inline Vec exponential(Vec a) { return exp_negative(min(Vec(2 * kLargestRatio), a), Vec(0.0f)); }
+inline Vec exponential(Vec a) { return exp_pair(min(Vec(2 * kLargestRatio), a), Vec(0.0f)); }
 
 inline K3<Vec> k3(Vec d) {
   const Mask small = abs(d) < Vec(kSmallLogRatio);

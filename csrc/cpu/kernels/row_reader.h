@@ -359,12 +359,14 @@ class RowReader {
     return true;
   }
 
-  // What x - y rounds away, 2^-24 |x - y| at most, is nothing beside the log ratios where the centre is small beside their
-  // spread, or not much larger. The same is true of the rounding of the centre, in units of T as it is subtracted.
+  // What x - y rounds away is 2^-24 (|centre| + |delta|) at most: nothing beside the log ratios where the centre is not much
+  // larger than the weighted mean of |delta|, of which A / S is less than half while delta is small. Far apart, it must be
+  // less than the rounding of exponentials.
   void centre_at(double centre) {
-    constexpr double many = 64;
-    const double nats = centre / temperature_;
-    ratio_ = nats * nats * row_.S <= many * std::fmin(row_.A, row_.S) ? Ratio::direct : Ratio::exact;
+    constexpr double many = 16;
+    const bool small = std::fabs(centre) * row_.S <= temperature_ * std::fmin(many * row_.A, row_.S);
+    // a product rounded before the centre is subtracted would be that much worse
+    ratio_ = small && (kFusedProducts || temperature_ == 1) ? Ratio::direct : Ratio::exact;
     origin_.centre = ratio_ == Ratio::direct ? double(float(centre * inverse_temperature_)) / inverse_temperature_ : centre;
   }
 
@@ -403,7 +405,7 @@ class RowReader {
     RowState<double> tile = sums_about(x, y, n, more, origin);
     const double mean = tile.D / tile.S;
     const bool far = apart(tile.S, tile.D, tile.other_S, origin, temperature_) && std::fabs(mean) < kFarthestMean;
-    if (far) two_ = Two::all;
+    if (far && far_tries_ > 0) two_ = Two::all;
     // the centre is an outlier to most of the tile, E[delta]^2 > 3/4 E[delta^2], or far from it
     if (!far && (tile.D * mean > 1.5 * tile.A || std::fabs(mean) > kSmallLogRatio)) {
       Origin about_mean = origin;

@@ -48,7 +48,7 @@ inline bool any(Mask a) { return a != 0; }
 inline Vec select(Mask where, Vec yes, Vec no) { return _mm512_mask_blend_ps(where, no.v, yes.v); }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float max_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
-// a * 2^n for whole n in [kExp2Floor, 0]; 0 at kExp2Floor
+// a * 2^n for whole n in [kExp2Floor, 127]; 0 at kExp2Floor
 constexpr float kExp2Floor = -160.0f;
 inline Vec scale2(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 inline Vec low_bits_to_exponent(Vec a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23)); }
@@ -352,18 +352,22 @@ struct PowerScale {
   }
 };
 
+// Whether fma and fms round once.
+#if defined(__FMA__)
+constexpr bool kFusedProducts = true;
+#else
+constexpr bool kFusedProducts = false;
+#endif
+
 // u log2(e)/T - n, without rounding the product
 inline Vec reduced(Vec u, Vec n, const PowerScale& scale) {
-#if defined(__FMA__)
-  return fms(u, Vec(scale.factor), n);
-#else
+  if constexpr (kFusedProducts) return fms(u, Vec(scale.factor), n);
   return ((u - n * Vec(scale.step)) - n * Vec(scale.step_low)) * Vec(scale.factor);
-#endif
 }
 
 // e^(u/T) for u <= 0, -inf included; NaN gives NaN. e^0 is exactly 1. Relative error 1.5e-7 beyond what the rounding of
 // log2(e)/T makes of u: u log2(e)/T = n + f with n whole and |f| <= 1/2, and 2^f = 1 + f g(f) with g a minimax polynomial
-// of degree 4 (9e-8). `u` comes back limited to where the power is not 0, so that power * u is never 0 * inf.
+// of degree 4 (9e-8). `u` comes back finite, so that power * u is never 0 * inf.
 inline Vec exp_scaled(Vec& u, const PowerScale& scale) {
   // a float of this size has no bits below 1, so adding it rounds; its own lowest bits are then n + 127, the exponent of 2^n
   const Vec shift(0x1.8p23f + 127);
