@@ -35,28 +35,49 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-case", action="store_true", help="all cases of the emulated CUDA kernels too")
+    parser.addoption(
+        "--every-case", action="store_true", help="all cases of emulated CUDA kernels, all compilations"
+    )
     parser.addoption("--seconds", type=float, help="in random order, and skip what has not begun by then")
 
 
-EMULATED_ONE_IN = 6
+EMULATED_ONE_IN = 10
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Emulated CUDA kernels take a part of the cases that were asked for, others in each run: all of them take some
-    ten minutes of a core."""
-    if config.getoption("--seconds") is not None:
-        random.Random(SEED).shuffle(items)
-    if config.getoption("--every-case"):
-        return
+def _emulated_left_out(items: list[pytest.Item], draw: random.Random) -> list[pytest.Item]:
+    """All but a part of the cases of emulated CUDA kernels; all of them take some ten minutes of a core."""
     emulated = [
         item
         for item in items
         if hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda-emulated"
     ]
     taken = -(-len(emulated) // EMULATED_ONE_IN)
-    left_out = set(random.Random(SEED).sample(emulated, len(emulated) - taken))
+    return draw.sample(emulated, len(emulated) - taken)
+
+
+def _compilations_left_out(items: list[pytest.Item], draw: random.Random) -> list[pytest.Item]:
+    """Half of the compilations ahead of time, which take half a minute or more each; every target and dtype stays."""
+    pairs = {
+        (item.callspec.params["target"], item.callspec.params["dtype"]): item
+        for item in items
+        if isinstance(item, pytest.Function) and item.originalname == "test_compiles_ahead_of_time"
+    }
+    targets, dtypes = (sorted(set(names)) for names in zip(*pairs, strict=True)) if pairs else ([], [])
+    draw.shuffle(targets), draw.shuffle(dtypes)
+    count = max(len(targets), len(dtypes), len(pairs) // 2)
+    kept = {(targets[i % len(targets)], dtypes[i % len(dtypes)]) for i in range(count)}
+    return [item for pair, item in pairs.items() if pair not in kept]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is slow takes a part of the cases that were asked for, others in each run."""
+    if config.getoption("--seconds") is not None:
+        random.Random(SEED).shuffle(items)
+    if config.getoption("--every-case"):
+        return
+    draw = random.Random(SEED)
+    left_out = {*_emulated_left_out(items, draw), *_compilations_left_out(items, draw)}
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
