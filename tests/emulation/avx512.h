@@ -38,6 +38,9 @@ inline Whole whole(Half low, Half high) {
 inline __m512i cvtepu16_epi32(__m256i a) {
   return whole<__m512i>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1)));
 }
+inline __m512i cvtepu8_epi32(__m128i a) {
+  return whole<__m512i>(_mm256_cvtepu8_epi32(a), _mm256_cvtepu8_epi32(_mm_srli_si128(a, 8)));
+}
 // of the low 8 bytes
 inline __m512i cvtepu8_epi64(__m128i a) {
   return whole<__m512i>(_mm256_cvtepu8_epi64(a), _mm256_cvtepu8_epi64(_mm_srli_si128(a, 4)));
@@ -124,6 +127,7 @@ inline T added(T a, T b) {
 }  // namespace lsc_avx512
 
 #undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepu8_epi32
 #undef _mm512_cvtepu8_epi64
 #undef _mm512_cvtepi32_epi16
 #undef _mm512_cvtph_ps
@@ -139,6 +143,7 @@ inline T added(T a, T b) {
 #undef _mm512_reduce_max_epi32
 #undef _mm512_reduce_min_epu32
 #define _mm512_cvtepu16_epi32 lsc_avx512::cvtepu16_epi32
+#define _mm512_cvtepu8_epi32 lsc_avx512::cvtepu8_epi32
 #define _mm512_cvtepu8_epi64 lsc_avx512::cvtepu8_epi64
 #define _mm512_cvtepi32_epi16 lsc_avx512::cvtepi32_epi16
 #define _mm512_cvtph_ps lsc_avx512::cvtph_ps
