@@ -12,7 +12,7 @@ import pytest
 import torch
 from _cases import few
 from _formulas import DIGITS, formulas, gradient, utility
-from _modes import compile_once, needs_native
+from _modes import compile_once, needs_native, on_one_thread
 from _reward_side import (
     DTYPES,
     SMALLEST,
@@ -187,12 +187,8 @@ def test_a_row_depends_on_nothing_beside_it(backend: str, generator: Generator) 
     whole = lk.aggregate_rewards(scores, 0.1)
     assert torch.equal(whole, lk.aggregate_rewards(scores, 0.1))
     assert torch.equal(whole[1001:1003], lk.aggregate_rewards(scores[1001:1003], 0.1))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with on_one_thread():
         assert torch.equal(whole, lk.aggregate_rewards(scores, 0.1))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @given(rows=st.integers(0, 70), properties=st.integers(1, 40), seed=st.integers(0, 2**31))

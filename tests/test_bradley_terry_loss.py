@@ -9,7 +9,7 @@ from typing import Any
 import _upstream
 import pytest
 import torch
-from _modes import compile_once, needs_native
+from _modes import compile_once, needs_native, on_one_thread
 from _reward_side import (
     DTYPES,
     check_against_fp64,
@@ -170,12 +170,8 @@ def test_any_strides_and_the_same_bits(backend: str, generator: Generator) -> No
     assert torch.equal(expected, lk.bradley_terry_loss(chosen, rejected, center=0.1))
     strided = [score.T.contiguous().T for score in (chosen, rejected)]
     assert torch.equal(expected, lk.bradley_terry_loss(*strided, center=0.1))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with on_one_thread():
         assert torch.equal(expected, lk.bradley_terry_loss(chosen, rejected, center=0.1))
-    finally:
-        torch.set_num_threads(threads)
     repeated = lk.bradley_terry_loss(chosen[:1].expand(5, 201), rejected[:1].expand(5, 201), reduction="none")
     assert torch.equal(repeated[4], lk.bradley_terry_loss(chosen[0], rejected[0], reduction="none"))
 

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pytest
 import torch
+from _modes import on_one_thread
 
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
@@ -41,10 +42,8 @@ class Ran(NamedTuple):
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """As the demo trains: models this small lose by a second thread where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

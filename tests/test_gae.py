@@ -9,7 +9,7 @@ from typing import Any
 import _upstream
 import pytest
 import torch
-from _modes import compile_once, needs_native
+from _modes import compile_once, needs_native, on_one_thread
 from _reward_side import DTYPES, check_against_fp64, instruction_set, instruction_sets, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -278,12 +278,8 @@ def test_any_strides_and_the_same_bits(backend: str, generator: Generator) -> No
             assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     rewards, values = case(generator, 300, 1000)
     first = lk.gae(rewards, values, None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with on_one_thread():
         again = lk.gae(rewards, values, None)
-    finally:
-        torch.set_num_threads(threads)
     alone = lk.gae(rewards[7:8], values[7:8], None)
     for a, b, c in zip(first, again, alone, strict=True):
         assert torch.equal(a, b) and torch.equal(a[7:8], c)

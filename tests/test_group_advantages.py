@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _modes import compile_once, needs_native
+from _modes import compile_once, needs_native, on_one_thread
 from _reward_side import DTYPES, check_against_fp64, with_gradients
 from torch import Generator, Tensor
 
@@ -88,12 +88,8 @@ def test_a_group_depends_on_nothing_beside_it(backend: str, generator: Generator
     utility = torch.randn(40_000 if backend == "native" else 64, generator=generator)
     whole = lk.group_advantages(utility, 8)
     assert torch.equal(whole[16:32], lk.group_advantages(utility[16:32], 8))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with on_one_thread():
         assert torch.equal(whole, lk.group_advantages(utility, 8))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def trl_sum(rewards: Tensor, size: int, weights: Tensor, normalize_first: bool) -> Tensor:

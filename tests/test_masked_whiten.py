@@ -13,7 +13,7 @@ from typing import Any
 import _upstream
 import pytest
 import torch
-from _modes import compile_once, needs_native
+from _modes import compile_once, needs_native, on_one_thread
 from _reward_side import DTYPES, check_against_fp64, instruction_set, instruction_sets, with_gradients
 from torch import Generator, Tensor
 
@@ -132,12 +132,9 @@ def test_any_strides_and_the_same_bits(backend: str, generator: Generator) -> No
         row = mask[:1].expand(20, 20)
         assert torch.equal(lk.masked_whiten(x, row), lk.masked_whiten(x, row.contiguous()))
     x = torch.randn(300, 1000, generator=generator)
-    first, threads = lk.masked_whiten(x, None), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    first = lk.masked_whiten(x, None)
+    with on_one_thread():
         assert torch.equal(lk.masked_whiten(x, None), first)
-    finally:
-        torch.set_num_threads(threads)
 
 
 PROCESS = """

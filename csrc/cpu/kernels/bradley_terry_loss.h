@@ -14,8 +14,7 @@ struct PairInputs {
   double center;
 };
 
-// Written for every pair, contiguous; `margin` is null where it is not wanted.
-// Each null where it is not wanted.
+// Written for every pair, contiguous; each null where it is not wanted.
 struct PairGradients {
   void *chosen, *rejected;
   float* margin;
