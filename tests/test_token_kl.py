@@ -529,6 +529,22 @@ class TestInfinities:
             )
             check_values(kl, got, t._replace(x=finite[0], y=finite[1]), {"kl": kl})
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_action_masked_with_the_smallest_number(
+        self, backend: str, generator: Generator, dtype: torch.dtype
+    ) -> None:
+        """In one model: the other's log-probability is not lost beside it."""
+        policy, ref, _ = inputs(generator, "near_1e-1", 6, 5000, dtype)
+        actions = torch.arange(6) * 3 + 2
+        masked = torch.arange(5000) % 3 == 2
+        lowest = torch.finfo(dtype).min / 2
+        for x, y in ((policy.masked_fill(masked, lowest), ref), (policy, ref.masked_fill(masked, lowest))):
+            got = lk.token_kl(x, y, actions, kl="k1")
+            t = truth.token_kl(x.double(), y.double(), actions, kl="k1")
+            for name in ("logprobs", "ref_logprobs"):
+                true = getattr(t, name)
+                tolerances.check(name, getattr(got, name), true, tolerances.logprob(true))
+
     def test_missing_at_the_largest_logit(self, backend: str, generator: Generator) -> None:
         """The column that carries the policy, the centre of its tile, is impossible in the reference."""
         policy, ref, actions = self.rows(generator)

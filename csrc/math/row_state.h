@@ -66,13 +66,13 @@ LSC_FN inline void rescale_other(RowState<Real>& row, Real to, Real temperature,
 
 template <typename Real>
 LSC_FN inline void recentre(RowState<Real>& row, Real to, Real temperature) {
+  if (to == row.centre) return;
   const Real g = (to - row.centre) / temperature;
-  if (g == 0) return;
   // with delta - g for delta; e^g A and not A + expm1(g) A, which loses what is left of an A that was e^-g times larger
   const Real e = std::expm1(g), power = std::exp(g);
-  row.A = scaled(row.A, power) - e * row.D + (e - g) * row.S;
-  row.B = scaled(row.B, power) + e * row.S;
-  row.D -= g * row.S;
+  row.A = scaled(row.A, power) - scaled(row.D, e) + scaled(row.S, e - g);
+  row.B = scaled(row.B, power) + scaled(row.S, e);
+  row.D -= scaled(row.S, g);
   row.centre = to;
 }
 
@@ -95,18 +95,34 @@ LSC_FN inline Real common_max(Real a, Real S_a, Real b, Real S_b) {
   return a > b ? a : b;
 }
 
-// a <- a and b together. For a fixed cut of a row the result is the same bits every time.
 template <typename Real>
-LSC_FN inline void merge(RowState<Real>& a, RowState<Real> b, Real temperature, bool reverse) {
+LSC_FN inline void bring_to_common_scales(RowState<Real>& a, RowState<Real>& b, Real temperature, bool reverse) {
   const Real main_max = common_max(a.main_max, a.S, b.main_max, b.S);
   const Real other_max = common_max(a.other_max, a.other_S, b.other_max, b.other_S);
   rescale_main(a, main_max, temperature, !reverse), rescale_main(b, main_max, temperature, !reverse);
   rescale_other(a, other_max, temperature, reverse), rescale_other(b, other_max, temperature, reverse);
-  const Real centre = common_centre(a, b, temperature);
-  recentre(a, centre, temperature), recentre(b, centre, temperature);
+}
+
+// Of the same scales and centre.
+template <typename Real>
+LSC_FN inline void accumulate(RowState<Real>& a, const RowState<Real>& b) {
   a.S += b.S, a.D += b.D, a.A += b.A, a.B += b.B;
   a.other_S += b.other_S, a.H += b.H;
   a.other_misses |= b.other_misses;
+}
+
+// Of the same scales.
+template <typename Real>
+LSC_FN inline void accumulate_about(Real centre, RowState<Real>& a, RowState<Real>& b, Real temperature) {
+  recentre(a, centre, temperature), recentre(b, centre, temperature);
+  accumulate(a, b);
+}
+
+// a <- a and b together. For a fixed cut of a row the result is the same bits every time.
+template <typename Real>
+LSC_FN inline void merge(RowState<Real>& a, RowState<Real> b, Real temperature, bool reverse) {
+  bring_to_common_scales(a, b, temperature, reverse);
+  accumulate_about(common_centre(a, b, temperature), a, b, temperature);
 }
 
 // b - log1p(b), b > -1, without the cancellation of small b

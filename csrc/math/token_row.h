@@ -105,9 +105,10 @@ LSC_FN inline void write_row(
   double d = 0;
   if (kl) {
     const double ref_logprob = pair.ref.logprob(y, temperature);
-    // models that nearly agree are told by their difference, others by their log-probabilities
+    // models that nearly agree are told by their difference, others by their log-probabilities; so is a column that one of
+    // them masks with a number before which ref_logprob = logprob - d would be nothing
     d = (double(x) - y - pair.centre) / temperature + pair.L;
-    const bool by_difference = pair.near && std::isfinite(d);
+    const bool by_difference = pair.near && std::fabs(d) < 1e6;
     if (!by_difference) d = logprob - ref_logprob;
     // equal logits agree exactly, -inf included; and one column leaves nothing to differ
     const bool equal = (x == y && std::isinf(x)) || rows.vocabulary == 1;

@@ -216,9 +216,10 @@ def finish_row(
         y = at(ref, column, ref_step).to(tl.float64)
         y = tl.where(inside, y, NAN)
         ref_logprob = (y - ref_max) / temperature - ref_log_S
-        # models that nearly agree are told by their difference, others by their log-probabilities
+        # models that nearly agree are told by their difference, others by their log-probabilities; so is a column that one
+        # of them masks with a number before which ref_logprob = logprob - d would be nothing
         d = (x - y - centre) / temperature + difference
-        by_difference = summary.near & (tl.abs(d) < INF)
+        by_difference = summary.near & (tl.abs(d) < 1e6)
         d = tl.where(by_difference, d, logprob - ref_logprob)
         # equal logits agree exactly, -inf included; and one column leaves nothing to differ
         equal = ((x == y) & (tl.abs(x) == INF)) | (V == 1)

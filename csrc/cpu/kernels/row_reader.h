@@ -1,23 +1,24 @@
 // Reads one row of two models' logits once from memory and makes its RowState.
 //
-// A tile of 4 KB of each model is passed over twice while it is in cache: for the two maxima, then for the sums. The
-// maxima and the centre are carried from tile to tile, so most tiles only add to the running sums; a tile that holds a
-// new largest main logit gets its own centre, x - y at that logit, and is merged.
+// Nothing has to be known of a tile before it is added up: its sums are about an origin that the columns before it have
+// given, scales m and m' for the two models' weights, near the logarithms of their sums so far, and a centre of the log
+// ratios near their weighted mean. What a tile turns out to hold decides whether they stand. One that weighs more than four
+// times all before it is passed over once more, still in cache, about its own largest logits and x - y at the main one's; so
+// is the first. Where that centre is far from the tile's weighted mean (an outlier at the largest logit), A and D would be
+// lost to cancellation, and the tile is taken about its mean.
 //
 // One exponential instead of two: where |delta| < 0.7 (nearly always, between a policy and its reference),
-// e^(y-m') = e^(m-m'-c) w e^(-delta), so the other model's sum falls out of S, A and D. The second exponential is
-// computed only in vectors that hold a larger |delta|. Where that was a quarter of a tile's, the next tile is taken
-// without the branch; where it was most, as far apart: both exponentials for all of its lanes and no series. A tile that
-// turns out not to be is passed over once more.
+// e^(y-m') = e^(m-m'-c) w e^(-delta), so the other model's sum falls out of S, A and D. Which columns get a second exponential
+// is decided tile by tile, from the last one, so that next to no branch is guessed wrongly: see Two. A tile that turns out to
+// be unlike the last is passed over once more.
 //
-// A tile whose centre turns out to be far from its weighted mean (an outlier at the largest logit) would lose A and D to
-// cancellation: it is passed over once more, still in cache, about the mean.
-//
-// Bytes read: 2 n sizeof(T). Nothing is written. Sums are floats over 16 elements of a vector lane, doubles beyond; over 8,
-// two by two, for S and S', where the largest logit's 1 would swallow more.
+// Bytes read: 2 n sizeof(T). Nothing is written. Sums are floats over 16 elements of each of two vector lanes, doubles beyond;
+// over 8, two by two, for S and S', where the largest logit's 1 would swallow more.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/kernels/vec.h"
 #include "math/log_ratio.h"
@@ -26,15 +27,15 @@
 namespace lsc {
 namespace LSC_ISA {
 
-// Elements: 4 KB of each model, so that a tile and the next one being fetched leave room in a 32 KB cache.
-template <typename T>
-constexpr int kTile = 4096 / sizeof(T);
+// Columns. Two tiles of floats leave room in a 32 KB cache, and what is done once a tile is little beside it.
+constexpr int kTile = 2048;
 
-// The `count` elements that follow p by one tile.
+// What is a page ahead, also beyond the end of a row: there the next one begins, or nothing is fetched.
 template <typename T>
-inline void prefetch_next_tile(const T* p, int count) {
-  constexpr int kLine = 64 / sizeof(T);
-  for (int i = 0; i < count; i += kLine) __builtin_prefetch(p + kTile<T> + i, 0, 3);
+inline void prefetch(const T* p, int count) {
+  constexpr int kLine = 64, kAhead = 4096;
+  const auto first = reinterpret_cast<uintptr_t>(p) + kAhead;
+  for (int i = 0; i < count * int(sizeof(T)); i += kLine) __builtin_prefetch(reinterpret_cast<const void*>(first + i), 0, 3);
 }
 
 template <typename T>
@@ -51,26 +52,6 @@ inline float tile_max(const T* x, int n) {
   return max_lane(max(max(a, b), max(c, d)));
 }
 
-#if defined(__AVX2__)
-// In a quarter of the instructions.
-template <typename T>
-  requires(sizeof(T) == 2)
-inline float tile_max(const T* x, int n) {
-  constexpr int kStep = 2 * Vec::kLanes;
-  LargestBits a, b;
-  int i = 0;
-  for (; i + 2 * kStep <= n; i += 2 * kStep) a.add(x + i), b.add(x + i + kStep);
-  if (i + kStep <= n) a.add(x + i), i += kStep;
-  if (i < n) {
-    T rest[kStep];
-    for (int k = 0; k < kStep; ++k) rest[k] = x[i + k < n ? i + k : i];
-    a.add(rest);
-  }
-  const float first = to_float(T{a.value()}), second = to_float(T{b.value()});
-  return first < second ? second : first;
-}
-#endif
-
 template <typename T>
 inline int tile_find(const T* x, int n, float value) {
   const Vec wanted(value);
@@ -84,8 +65,14 @@ inline int tile_find(const T* x, int n, float value) {
 
 // About what a tile's sums are taken.
 struct Origin {
-  float main_max, other_max;
-  double centre;
+  float main_max = 0, other_max = 0;  // scales: of the largest logit's size, not always it
+  double centre = 0;
+  double to_other = 1;  // brings sums about main_max and the centre to other_max
+
+  Origin() = default;
+  Origin(float main_max, float other_max, double centre, double temperature)
+      : main_max(main_max), other_max(other_max), centre(centre),
+        to_other(std::exp((main_max - centre - other_max) / temperature)) {}
 };
 
 // A vector of columns: the logits, the main model's weights, the log ratios.
@@ -93,17 +80,28 @@ struct Columns {
   Vec x, y, w, delta;
 };
 
+// Every lane, where others give a Mask.
+struct Everywhere {};
+inline Vec add_where(Everywhere, Vec sum, Vec a) { return sum + a; }
+
 // Of the columns with |delta| < 0.7, over a block of vectors. kReverse: the other model is the policy, so the entropy is its.
 template <bool kReverse>
 struct SmallSums {
   Vec D{0.0f}, A{0.0f}, H{0.0f};  // H of all columns, unless kReverse
 
-  // `square` is delta^2
-  void add(Vec w, Vec delta, Vec square, Vec from_other_max) {
-    const Vec remainder = square * expm1_remainder(delta);
-    D = fma(w, delta, D);
-    A = fma(w, remainder, A);
-    if constexpr (kReverse) H = fma(fma(w, remainder - delta, w), from_other_max, H);
+  template <typename Where>
+  void add(Where where, Vec w, Vec delta, Vec from_other_max) {
+    const Vec w_delta = w * delta, w_square = w_delta * delta, remainder = expm1_remainder(delta);
+    D = add_where(where, D, w_delta);
+    if constexpr (kReverse) {
+      const Vec of_A = w_square * remainder;
+      A = add_where(where, A, of_A);
+      H = add_where(where, H, ((w - w_delta) + of_A) * from_other_max);
+    } else if constexpr (std::is_same_v<Where, Everywhere>) {
+      A = fma(w_square, remainder, A);
+    } else {
+      A = add_where(where, A, w_square * remainder);
+    }
   }
 };
 
@@ -116,97 +114,39 @@ struct LargeSums {
   int pairs = 0;                             // of vectors with large columns
   bool other_misses = false;
 
-  void add_all(const Columns& a, const Columns& b, Vec other_max, const PowerScale& scale) {
-    const Mask none{};
-    W = W + (a.w + b.w);
-    V = V + (add<true>(a, none, other_max, scale) + add<true>(b, none, other_max, scale));
-    ++pairs;
-  }
-
-  __attribute__((always_inline)) void add_mixed(const Columns& a, const Columns& b, Vec other_max, const PowerScale& scale) {
-    const Vec zero(0.0f), limit(kSmallLogRatio);
-    const Mask small_a = abs(a.delta) < limit, small_b = abs(b.delta) < limit;
-    const auto add_small = [&](const Columns& c, Mask small, Vec w) {
-      const Vec delta = select(small, c.delta, zero);
-      // a weight of 0 and a logit of -inf would be NaN
-      beside.add(w, delta, delta * delta, max(Vec(scale.lowest), c.y - other_max));
-    };
-    const Vec w_a = select(small_a, a.w, zero), w_b = select(small_b, b.w, zero);
-    S = S + (w_a + w_b);
-    W = W + (select(small_a, zero, a.w) + select(small_b, zero, b.w));
-    add_small(a, small_a, w_a), add_small(b, small_b, w_b);
-    V = V + (add<false>(a, small_a, other_max, scale) + add<false>(b, small_b, other_max, scale));
-    pairs += !all(both(small_a, small_b));
+  __attribute__((always_inline)) void add(const Columns& a, const Columns& b, Vec other_max, const PowerScale& scale) {
+    const bool small_a = add(a, other_max, scale), small_b = add(b, other_max, scale);
+    pairs += !(small_a && small_b);
   }
 
   // Out of the way of what most vectors need in registers.
   __attribute__((noinline)) void add_rare(const Columns& a, const Columns& b, Vec other_max, const PowerScale& scale) {
-    add_mixed(a, b, other_max, scale);
+    add(a, b, other_max, scale);
   }
 
  private:
-  // Returns v.
-  template <bool kAll>
-  Vec add(const Columns& c, Mask small, Vec other_max, const PowerScale& scale) {
-    const Vec zero(0.0f);
+  // Returns whether all columns are small.
+  __attribute__((always_inline)) bool add(const Columns& c, Vec other_max, const PowerScale& scale) {
+    const Mask small = abs(c.delta) < Vec(kSmallLogRatio), large = complement(small);
     Vec from_other_max = c.y - other_max, w = c.w, delta = c.delta;
-    Vec v = exp_scaled(from_other_max, scale);
+    Vec v = exp_within(from_other_max, scale);
     const Mask finite = abs(delta) < Vec(INFINITY);
-    if (!all(finite)) {
+    if (__builtin_expect(!all(finite), 0)) {
       other_misses |= any(both(c.y == Vec(-INFINITY), Vec(-INFINITY) < c.x));
-      delta = select(finite, delta, zero);
+      delta = select(finite, delta, Vec(0.0f));
+      w = weight(c.x, w), v = weight(c.y, v);
     }
-    if constexpr (!kAll) w = select(small, zero, w), v = select(small, zero, v);
-    WD = fma(w, delta, WD);
-    if constexpr (kReverse) VH = fma(v, from_other_max, VH);
-    return v;
-  }
-};
-
-// Whether the two models, each over a tile's columns alone, differ so much that the rounding of exponentials is nothing
-// beside it: KL = E[delta] + log(sum v / sum w), in units of one maximum.
-inline bool apart(double w, double wd, double v, const Origin& origin, double temperature) {
-  const double kl = wd / w + std::log(v / w) - (origin.main_max - origin.centre - origin.other_max) / temperature;
-  return kl > 0.25 && kl < INFINITY;
-}
-
-template <bool kReverse>
-struct Sums {
-  WideSum S, D, A, H, W, WD, V, VH;
-  int large_pairs = 0;
-  bool other_misses = false;
-
-  // The weights so far, which then start again at 0.
-  void add_weights(LargeSums<kReverse>& large) {
-    S.add(large.S), W.add(large.W), V.add(large.V);
-    large.S = large.W = large.V = Vec(0.0f);
-  }
-  void add(const SmallSums<kReverse>& small) { D.add(small.D), A.add(small.A), H.add(small.H); }
-  void add(const LargeSums<kReverse>& large) {
-    D.add(large.beside.D), A.add(large.beside.A), WD.add(large.WD);
-    if constexpr (kReverse) H.add(large.beside.H), VH.add(large.VH);
-    large_pairs += large.pairs;
-    other_misses |= large.other_misses;
-  }
-  // Of a tile that was added as far apart.
-  void add_far(const Sums& tile) {
-    W.add(tile.W), WD.add(tile.WD), V.add(tile.V), H.add(tile.H);
-    if constexpr (kReverse) VH.add(tile.VH);
-    other_misses |= tile.other_misses;
+    beside.add(small, w, delta, from_other_max);
+    S = add_where(small, S, w), W = add_where(large, W, w), V = add_where(large, V, v);
+    WD = add_where(large, WD, w * delta);
+    if constexpr (kReverse) VH = add_where(large, VH, v * from_other_max);
+    return all(small);
   }
 
-  RowState<double> state(const Origin& origin, double temperature) const {
-    // brings the small lanes' sums, which are about m and c, to the other model's maximum
-    const double to_other = std::exp((origin.main_max - origin.centre - origin.other_max) / temperature);
-    const double s = S.total(), d = D.total(), a = A.total(), w = W.total(), wd = WD.total(), v = V.total();
-    RowState<double> out;
-    const double large = scaled(v, 1 / to_other) - w;  // sum w expm1(-delta) of the large lanes
-    out.main_max = origin.main_max, out.S = s + w, out.D = d + wd, out.A = a + (large + wd), out.B = (a - d) + large;
-    out.other_max = origin.other_max, out.other_S = scaled(s + a - d, to_other) + v;
-    out.H = (kReverse ? scaled(H.total(), to_other) + VH.total() : H.total()) / temperature;
-    out.centre = origin.centre;
-    out.other_misses = other_misses;
-    return out;
+  // 0 of a logit of -inf, NaN of +inf and NaN.
+  static Vec weight(Vec logit, Vec finite) {
+    const Vec other = select(logit == Vec(-INFINITY), Vec(0.0f), Vec(NAN));
+    return select(abs(logit) < Vec(INFINITY), finite, other);
   }
 };
 
@@ -215,228 +155,314 @@ constexpr int kBlock = 16 * Vec::kLanes;
 // How a tile's log ratios are taken from its logits.
 enum class Ratio {
   exact,   // ((x - y) - c)/T with what x - y rounds away
-  direct,  // without it, which saves seven instructions of forty: see RowReader::centre_at
+  direct,  // without it, which saves seven instructions of thirty: see RowReader::centre_at
 };
 
 // Which of a tile's columns get two exponentials.
 enum class Two {
-  rare,   // the large ones of few vectors
+  none,   // wherever the tile has a large one, or one that is not finite, its sums are no good
+  rare,   // the large ones of few vectors, told by a branch
   mixed,  // of all vectors, the large ones; the others have the series too, and no branch decides
-  all,    // every column, and no series
+  all,    // every column, and no series; all must be finite
+};
+
+struct Tile {
+  RowState<double> row, small;  // of all columns; S, D and A of the small ones
+  bool series = true;           // for the small ones; where Two::all, there are none
+  float largest = 0;            // |delta|, where Two::none
+  int large_pairs = 0;          // of vectors with large columns
+
+  // Whether most of the weight is far from the centre.
+  bool about_outlier() const { return series && small.S < 0.5 * row.S; }
 };
 
 // A function of its own, so that the compiler's appetite for inlining does not depend on how many variants there are.
 template <bool kReverse, Ratio kRatio, Two kTwo, typename T>
 __attribute__((noinline, flatten)) void add_tile(
-    const T* x, const T* y, int n, const Origin& origin, const PowerScale& scale, float inverse_temperature, bool more,
-    Sums<kReverse>& sums) {
+    const T* x, const T* y, int n, const Origin& origin, const PowerScale& scale, Tile& tile) {
   const float centre = float(origin.centre);
-  const Vec m(origin.main_max), m_other(origin.other_max), inverse(inverse_temperature);
-  const Vec c(centre), c_low(float(origin.centre - centre)), scaled_c(float(origin.centre * inverse_temperature));
-  const Vec limit(kSmallLogRatio * kSmallLogRatio);
-  const auto log_ratio = [&](Vec x0, Vec y0) __attribute__((always_inline)) {
-    if constexpr (kRatio == Ratio::direct) return fms(x0 - y0, inverse, scaled_c);
-    return centred_difference(x0, y0, c, c_low) * inverse;
-  };
-  // Returns w of the columns that `small` got.
-  const auto add = [&](Vec x0, Vec y0, Vec x1, Vec y1, SmallSums<kReverse>& small, LargeSums<kReverse>& large)
-                       __attribute__((always_inline)) {
-    Vec u0 = x0 - m, u1 = x1 - m;
-    const Vec w0 = exp_scaled(u0, scale), w1 = exp_scaled(u1, scale);
-    const Vec d0 = log_ratio(x0, y0), d1 = log_ratio(x1, y1);
-    if constexpr (!kReverse) {
-      small.H = fma(w0, u0, small.H);
-      small.H = fma(w1, u1, small.H);
-    }
-    if constexpr (kTwo == Two::rare) {
-      const Vec square0 = d0 * d0, square1 = d1 * d1;
-      if (__builtin_expect(all(both(square0 < limit, square1 < limit)), 1)) {
-        small.add(w0, d0, square0, y0 - m_other);
-        small.add(w1, d1, square1, y1 - m_other);
-        return w0 + w1;
-      }
-      large.add_rare({x0, y0, w0, d0}, {x1, y1, w1, d1}, m_other, scale);
-    } else if constexpr (kTwo == Two::mixed) {
-      large.add_mixed({x0, y0, w0, d0}, {x1, y1, w1, d1}, m_other, scale);
-    } else {
-      large.add_all({x0, y0, w0, d0}, {x1, y1, w1, d1}, m_other, scale);
-    }
-    return Vec(0.0f);
-  };
-  const auto gather_weights = [&](Vec weights, LargeSums<kReverse>& large) __attribute__((always_inline)) {
-    if constexpr (kTwo == Two::rare) sums.S.add(weights);
-    if (kTwo != Two::rare || large.pairs) sums.add_weights(large);
-  };
-  const auto gather = [&](const SmallSums<kReverse>& small, const LargeSums<kReverse>& large) __attribute__((always_inline)) {
-    sums.add(small);
-    if (kTwo != Two::rare || large.pairs) sums.add(large);
-  };
-  constexpr int kStep = 4 * Vec::kLanes;
-  int first = 0;
-  for (; first + kBlock <= n; first += kBlock) {
-    SmallSums<kReverse> small;
-    LargeSums<kReverse> large;
-    for (int i = first; i < first + kBlock;) {
-      Vec weights(0.0f);
-      for (const int end = i + 2 * kStep; i < end; i += kStep) {
-        const int half = i + kStep / 2;
-        if (more) prefetch_next_tile(x + i, kStep), prefetch_next_tile(y + i, kStep);
-        Vec x0, x1, y0, y1;
-        load_two(x + i, x0, x1), load_two(y + i, y0, y1);
-        const Vec two = add(x0, y0, x1, y1, small, large);
-        load_two(x + half, x0, x1), load_two(y + half, y0, y1);
-        weights = weights + (two + add(x0, y0, x1, y1, small, large));
-      }
-      gather_weights(weights, large);
-    }
-    gather(small, large);
-  }
-  if (first == n) return;
+  const Vec m(origin.main_max), m_other(origin.other_max), inverse(scale.inverse);
+  const Vec c(centre), c_low(float(origin.centre - centre)), scaled_c(float(origin.centre * scale.inverse));
+  WideSum S, D, A, H, W, WD, V, VH;
+  Vec largest(0.0f);
+  int large_pairs = 0;
+  bool other_misses = false;
+  // of a block of vectors; the weights, of half of one
   SmallSums<kReverse> small;
   LargeSums<kReverse> large;
-  for (int i = first; i < n; i += Vec::kLanes) {
-    const int left = n - i < Vec::kLanes ? n - i : Vec::kLanes;
-    const Vec none(-INFINITY);
-    const Vec weights = add(load_first(x + i, left, -INFINITY), load_first(y + i, left, -INFINITY), none, none, small, large);
-    gather_weights(weights, large);
+  Vec weights(0.0f), other_weights(0.0f);
+
+  const auto columns = [&](Vec x0, Vec y0) __attribute__((always_inline)) {
+    Vec u = x0 - m;
+    const Vec w = exp_within(u, scale);
+    if constexpr (!kReverse) small.H = fma(w, u, small.H);
+    if constexpr (kRatio == Ratio::direct) return Columns{x0, y0, w, fms(x0 - y0, inverse, scaled_c)};
+    return Columns{x0, y0, w, centred_difference(x0, y0, c, c_low) * inverse};
+  };
+  const auto add_small = [&](const Columns& a, const Columns& b) __attribute__((always_inline)) {
+    small.add(Everywhere{}, a.w, a.delta, a.y - m_other);
+    small.add(Everywhere{}, b.w, b.delta, b.y - m_other);
+    weights = weights + (a.w + b.w);
+  };
+  // Without the series: D is of all columns, and so are the weights.
+  const auto other_weight = [&](const Columns& a) __attribute__((always_inline)) {
+    Vec from_other_max = a.y - m_other;
+    const Vec v = exp_within(from_other_max, scale);
+    small.D = fma(a.w, a.delta, small.D);
+    if constexpr (kReverse) small.H = fma(v, from_other_max, small.H);
+    return v;
+  };
+  const auto add = [&](const Columns& a, const Columns& b) __attribute__((always_inline)) {
+    if constexpr (kTwo == Two::none) {
+      largest = max_abs(max_abs(largest, a.delta), b.delta);
+      add_small(a, b);
+    } else if constexpr (kTwo == Two::rare) {
+      if (__builtin_expect(all(max_abs(a.delta, b.delta) < Vec(kSmallLogRatio)), 1)) return add_small(a, b);
+      large.add_rare(a, b, m_other, scale);
+    } else if constexpr (kTwo == Two::mixed) {
+      large.add(a, b, m_other, scale);
+    } else {
+      other_weights = other_weights + (other_weight(a) + other_weight(b));
+      weights = weights + (a.w + b.w);
+    }
+  };
+  const auto gather_weights = [&](bool has_large) __attribute__((always_inline)) {
+    if constexpr (kTwo == Two::none || kTwo == Two::rare) S.add(weights);
+    if constexpr (kTwo == Two::all) W.add(weights), V.add(other_weights);
+    weights = other_weights = Vec(0.0f);
+    if (!has_large) return;
+    S.add(large.S), W.add(large.W), V.add(large.V);
+    large.S = large.W = large.V = Vec(0.0f);
+  };
+  const auto gather = [&](bool has_large) __attribute__((always_inline)) {
+    if constexpr (kReverse && kTwo == Two::all) VH.add(small.H); else H.add(small.H);
+    if constexpr (kTwo == Two::all) WD.add(small.D); else D.add(small.D), A.add(small.A);
+    small = SmallSums<kReverse>();
+    if (!has_large) return;
+    D.add(large.beside.D), A.add(large.beside.A), WD.add(large.WD);
+    if constexpr (kReverse) H.add(large.beside.H), VH.add(large.VH);
+    large_pairs += large.pairs;
+    other_misses |= large.other_misses;
+    large = LargeSums<kReverse>();
+  };
+  const auto has_large = [&] { return kTwo == Two::mixed || (kTwo == Two::rare && large.pairs > 0); };
+
+  constexpr int kPair = 2 * Vec::kLanes;
+  int i = 0;
+  while (i + kBlock <= n) {
+    for (const int block = i + kBlock; i < block;) {
+#pragma GCC unroll 1
+      for (const int half = i + kBlock / 2; i < half; i += kPair) {
+        prefetch(x + i, kPair), prefetch(y + i, kPair);
+        Vec x0, x1, y0, y1;
+        load_two(x + i, x0, x1), load_two(y + i, y0, y1);
+        const Columns a = columns(x0, y0), b = columns(x1, y1);
+        add(a, b);
+      }
+      gather_weights(has_large());
+    }
+    gather(has_large());
   }
-  gather(small, large);
+  for (; i + kPair <= n; i += kPair) {
+    add(columns(load(x + i), load(y + i)), columns(load(x + i + Vec::kLanes), load(y + i + Vec::kLanes)));
+    gather_weights(has_large());
+  }
+  if (i < n) {
+    // what there is no column for is -inf in both models, which only the sums of large columns can tell
+    const auto last = [&](int first) {
+      const int left = n - first < 0 ? 0 : n - first < Vec::kLanes ? n - first : Vec::kLanes;
+      return columns(load_first(x + first, left, -INFINITY), load_first(y + first, left, -INFINITY));
+    };
+    large.add(last(i), last(i + Vec::kLanes), m_other, scale);
+    gather_weights(true), gather(true);
+  } else {
+    gather(has_large());
+  }
+
+  RowState<double>&row = tile.row, &near = tile.small;
+  row.main_max = near.main_max = origin.main_max, row.centre = near.centre = origin.centre, row.other_max = origin.other_max;
+  row.S = near.S = S.total(), row.D = near.D = D.total(), row.A = near.A = A.total(), row.B = row.A - row.D;
+  row.other_S = scaled(row.S + row.B, origin.to_other), row.H = H.total();
+  row.other_misses = other_misses;
+  if constexpr (kReverse) row.H = scaled(row.H, origin.to_other);
+  if (kTwo == Two::mixed || kTwo == Two::all || large_pairs > 0) {
+    const double w = W.total(), wd = WD.total(), v = V.total();
+    const double expm1 = scaled(v, 1 / origin.to_other) - w;  // sum w expm1(-delta) of the large columns
+    row.S += w, row.D += wd, row.A += expm1 + wd, row.B += expm1, row.other_S += v;
+    if constexpr (kReverse) row.H += VH.total();
+  }
+  row.H *= scale.inverse;
+  tile.series = kTwo != Two::all;
+  tile.largest = kTwo == Two::none ? max_lane(largest) : 0.0f;
+  tile.large_pairs = large_pairs;
 }
+
+// Whether the two models, each over a tile's columns alone, differ so much that the rounding of exponentials is nothing
+// beside it: KL = E[delta] + log(sum v / sum w), in units of one maximum.
+inline bool apart(const RowState<double>& tile, double temperature) {
+  const double shift = (tile.main_max - tile.centre - tile.other_max) / temperature;
+  const double kl = tile.D / tile.S + std::log(tile.other_S / tile.S) - shift;
+  return kl > 0.1 && kl < INFINITY;
+}
+
+// A tile about the scale of the tiles before it must not weigh more than so many times all of them.
+constexpr double kOutweighs = 4;
+// A row that weighs more than this, in units of its scale, gets another one.
+constexpr double kHeavy = 16;
+
+// A scale with a row's sum about it near 1, of which a float is exact enough: the sum takes up what it rounds.
+inline float scale_of(double max, double S, double temperature) { return float(max + temperature * std::log(S)); }
 
 // x is the main model, y the other; kReverse: the policy is the other.
 template <bool kReverse>
 class RowReader {
  public:
-  explicit RowReader(double temperature)
-      : temperature_(temperature), inverse_temperature_(float(1 / temperature)), scale_(temperature) {}
+  explicit RowReader(double temperature) : temperature_(temperature), scale_(temperature) {}
 
-  // The next n <= kTile<T> pairs of the row. `more`: a whole further tile follows in memory, worth fetching ahead.
+  // The next n <= kTile pairs of the row.
   template <typename T>
-  void tile(const T* x, const T* y, int n, bool more) {
-    const float main_max = tile_max(x, n), other_max = tile_max(y, n);
-    if (!main_seen_ || (main_max > origin_.main_max && !raise_main_max(main_max))) {
-      return new_centre(x, y, n, more, main_max, other_max);
+  void tile(const T* x, const T* y, int n) {
+    if (!(row_.S > 0 && row_.other_S > 0)) return begin_anew(x, y, n);
+    Tile tile;
+    add(x, y, n, origin_, ratio_, tile);
+    const bool fits = tile.row.S <= kOutweighs * row_.S && tile.row.other_S <= kOutweighs * row_.other_S && std::isfinite(tile.row.D);
+    if (!fits) return begin_anew(x, y, n);
+    // a tile of little weight is no place for a centre
+    const bool outlier = small_.S + tile.small.S < 0.5 * (row_.S + tile.row.S) && tile.row.S > 1e-3 * row_.S;
+    if (outlier && tile.about_outlier()) go_over_again(x, y, n, origin_, tile);
+    if (tile.row.centre != row_.centre) {
+      include(tile.row.centre, tile);
+      settle();
+    } else {
+      accumulate(row_, tile.row), accumulate(small_, tile.small);
+      if (off_centre(small_) || row_.S > kHeavy || row_.other_S > kHeavy) settle();
     }
-    if (other_max > origin_.other_max || (!other_seen_ && other_max > -INFINITY)) {
-      absorb();
-      rescale_other<double>(row_, other_max, temperature_, kReverse);
-      origin_.other_max = other_max;
-      other_seen_ = true;
-    }
-    pending_ = true;
-    if (two_ == Two::all && add_far(x, y, n, more)) return;
-    const int before = sums_.large_pairs;
-    two_ == Two::rare ? add_about<Two::rare>(x, y, n, more, origin_, ratio_, sums_)
-                      : add_about<Two::mixed>(x, y, n, more, origin_, ratio_, sums_);
-    const int large = (sums_.large_pairs - before) * (2 * Vec::kLanes);
-    two_ = 4 * large < n ? Two::rare : 2 * large < n || far_tries_ <= 0 ? Two::mixed : Two::all;
+    if (!small_centre()) ratio_ = Ratio::exact;
   }
 
   // Of all tiles so far.
-  RowState<double> state() {
-    absorb();
-    return row_;
-  }
+  const RowState<double>& state() const { return row_; }
 
  private:
-  // The sums since the last change of origin, into the row.
-  void absorb() {
-    if (!pending_) return;
-    merge(row_, sums_.state(origin_, temperature_), temperature_, kReverse);
-    centre_at(row_.centre);
-    sums_ = Sums<kReverse>();
-    pending_ = false;
+  template <Two kTwo, typename T>
+  void add_as(const T* x, const T* y, int n, const Origin& origin, Ratio ratio, Tile& tile) const {
+    const auto add = ratio == Ratio::direct ? add_tile<kReverse, Ratio::direct, kTwo, T> : add_tile<kReverse, Ratio::exact, kTwo, T>;
+    add(x, y, n, origin, scale_, tile);
   }
 
-  // False, and nothing done, where the new largest logit carries so much of the row that its log ratio has to be near the
-  // centre.
-  bool raise_main_max(float to) {
-    absorb();
-    constexpr double many = 16;
-    if (row_.S * std::exp((row_.main_max - to) / temperature_) < many) return false;
-    rescale_main<double>(row_, to, temperature_, !kReverse);
-    origin_.main_max = to;
-    return true;
+  // In the way that the last tile asked for; where this one is unlike it, in one that serves any.
+  template <typename T>
+  void add(const T* x, const T* y, int n, const Origin& origin, Ratio ratio, Tile& tile) {
+    if (two_ == Two::none) {
+      add_as<Two::none>(x, y, n, origin, ratio, tile);
+      if (tile.largest < kSmallLogRatio && std::isfinite(tile.row.D)) return;
+      constexpr int patience = 4;
+      two_ = Two::rare, calm_ = -patience;
+    } else if (two_ == Two::all) {
+      add_as<Two::all>(x, y, n, origin, ratio, tile);
+      if (apart(tile.row, temperature_)) return;
+      two_ = Two::mixed, --far_tries_;
+    }
+    if (two_ == Two::rare) {
+      add_as<Two::rare>(x, y, n, origin, ratio, tile);
+      // a NaN beside a small log ratio goes unnoticed by the branch
+      if (!std::isfinite(tile.row.D)) two_ = Two::mixed, finite_ = false;
+    }
+    if (two_ == Two::mixed) add_as<Two::mixed>(x, y, n, origin, ratio, tile);
+    choose(tile.large_pairs, n);
   }
+
+  // How the next tile is added, from how many pairs of vectors of this one had large columns.
+  void choose(int large_pairs, int n) {
+    const int large = large_pairs * (2 * Vec::kLanes);
+    calm_ = large > 0 ? std::min(calm_, 0) : calm_ + 1;
+    if (!finite_ || 4 * large >= n) {
+      two_ = finite_ && 2 * large >= n && far_tries_ > 0 ? Two::all : Two::mixed;
+    } else {
+      two_ = calm_ > 0 ? Two::none : Two::rare;
+    }
+  }
+
+  // A tile about its own largest logits, merged with those before it.
+  template <typename T>
+  void begin_anew(const T* x, const T* y, int n) {
+    const float main_max = tile_max(x, n), other_max = tile_max(y, n);
+    const int largest = tile_find(x, n, main_max);
+    const double difference = double(to_float(x[largest])) - to_float(y[largest]);
+    // a column that one model excludes, or masks with a number that would make infinities of the others', is no centre
+    const double centre = std::fabs(difference) < 1e30 ? difference : 0.0;
+    // where one model, or both, are -inf all over, any finite scale serves
+    const float m = main_max > -INFINITY ? main_max : other_max > -INFINITY ? other_max : 0.0f;
+    const float m_other = other_max > -INFINITY ? other_max : float(m - centre);
+    const Origin origin(m, m_other, centre, temperature_);
+    two_ = finite_ ? Two::rare : Two::mixed;
+    Tile tile;
+    add(x, y, n, origin, Ratio::exact, tile);
+    if (tile.about_outlier() || off_centre(tile.small)) go_over_again(x, y, n, origin, tile);
+    bring_to_common_scales(row_, tile.row, temperature_, kReverse);
+    rescale_main<double>(small_, row_.main_max, temperature_, false);
+    rescale_main<double>(tile.small, row_.main_max, temperature_, false);
+    include(row_.S > tile.row.S ? row_.centre : tile.row.centre, tile);
+    settle();
+  }
+
+  // About the mean of what most of the tile's weight is, unless fewer of its columns are alike there.
+  template <typename T>
+  void go_over_again(const T* x, const T* y, int n, const Origin& origin, Tile& tile) {
+    const RowState<double>&row = tile.row, &small = tile.small;
+    const double away = tile.about_outlier() ? (row.D - small.D) / (row.S - small.S) : small.D / small.S;
+    const Origin there(origin.main_max, origin.other_max, origin.centre + temperature_ * away, temperature_);
+    Tile again;
+    add_as<Two::mixed>(x, y, n, there, Ratio::exact, again);
+    if (again.small.S >= small.S) tile = again, choose(tile.large_pairs, n);
+  }
+
+  // The tile into the row, about a centre that one of them has; what was small about one far from it is no more.
+  void include(double centre, Tile& tile) {
+    for (RowState<double>* part : {&small_, &tile.small}) {
+      if (std::fabs(part->centre - centre) > kSmallLogRatio * temperature_) part->S = part->D = part->A = part->B = 0;
+    }
+    accumulate_about(centre, row_, tile.row, temperature_);
+    accumulate_about(centre, small_, tile.small, temperature_);
+  }
+
+  // Whether A and D are mostly the distance of the centre from the weighted mean: E[delta]^2 > 3/4 E[delta^2].
+  static bool off_centre(const RowState<double>& row) { return row.D * row.D > 1.5 * row.A * row.S; }
+
+  // The origin of the tiles to come.
+  void settle() {
+    if (row_.S > kHeavy) {
+      const double to = scale_of(row_.main_max, row_.S, temperature_);
+      rescale_main<double>(row_, to, temperature_, !kReverse), rescale_main<double>(small_, to, temperature_, false);
+    }
+    if (row_.other_S > kHeavy) rescale_other<double>(row_, scale_of(row_.other_max, row_.other_S, temperature_), temperature_, kReverse);
+    if (small_.S > 0) move_centre(row_.centre + temperature_ * (small_.D / small_.S));
+    // a product rounded before the centre is subtracted would be that much worse
+    ratio_ = small_centre() && (kFusedProducts || temperature_ == 1) ? Ratio::direct : Ratio::exact;
+    if (ratio_ == Ratio::direct) move_centre(double(float(row_.centre * scale_.inverse)) / scale_.inverse);
+    origin_ = Origin(float(row_.main_max), float(row_.other_max), row_.centre, temperature_);
+  }
+
+  void move_centre(double to) { recentre<double>(row_, to, temperature_), recentre<double>(small_, to, temperature_); }
 
   // What x - y rounds away is 2^-24 (|centre| + |delta|) at most: nothing beside the log ratios where the centre is not much
   // larger than the weighted mean of |delta|, of which A / S is less than half while delta is small. Far apart, it must be
   // less than the rounding of exponentials.
-  void centre_at(double centre) {
+  bool small_centre() const {
     constexpr double many = 16;
-    const bool small = std::fabs(centre) * row_.S <= temperature_ * std::fmin(many * row_.A, row_.S);
-    // a product rounded before the centre is subtracted would be that much worse
-    ratio_ = small && (kFusedProducts || temperature_ == 1) ? Ratio::direct : Ratio::exact;
-    origin_.centre = ratio_ == Ratio::direct ? double(float(centre * inverse_temperature_)) / inverse_temperature_ : centre;
-  }
-
-  template <Two kTwo, typename T>
-  void add_about(const T* x, const T* y, int n, bool more, const Origin& origin, Ratio ratio, Sums<kReverse>& sums) const {
-    const auto add = ratio == Ratio::direct ? add_tile<kReverse, Ratio::direct, kTwo, T> : add_tile<kReverse, Ratio::exact, kTwo, T>;
-    add(x, y, n, origin, scale_, inverse_temperature_, more, sums);
-  }
-
-  // False, and nothing added, where the tile is not far apart.
-  template <typename T>
-  bool add_far(const T* x, const T* y, int n, bool more) {
-    Sums<kReverse> tile;
-    add_about<Two::all>(x, y, n, more, origin_, ratio_, tile);
-    if (!apart(tile.W.total(), tile.WD.total(), tile.V.total(), origin_, temperature_)) return --far_tries_, false;
-    sums_.add_far(tile);
-    return true;
-  }
-
-  template <typename T>
-  RowState<double> sums_about(const T* x, const T* y, int n, bool more, const Origin& origin) const {
-    Sums<kReverse> sums;
-    add_about<Two::rare>(x, y, n, more, origin, Ratio::exact, sums);
-    return sums.state(origin, temperature_);
-  }
-
-  template <typename T>
-  void new_centre(const T* x, const T* y, int n, bool more, float main_max, float other_max) {
-    const int largest = tile_find(x, n, main_max);
-    const double difference = double(to_float(x[largest])) - to_float(y[largest]);
-    Origin origin;
-    origin.centre = std::isfinite(difference) ? difference : 0.0;
-    // where one model, or both, are -inf all over, any finite scale serves
-    origin.main_max = main_max > -INFINITY ? main_max : other_max > -INFINITY ? other_max : 0.0f;
-    origin.other_max = other_max > -INFINITY ? other_max : float(origin.main_max - origin.centre);
-    RowState<double> tile = sums_about(x, y, n, more, origin);
-    const double mean = tile.D / tile.S;
-    const bool far = apart(tile.S, tile.D, tile.other_S, origin, temperature_) && std::fabs(mean) < kFarthestMean;
-    if (far && far_tries_ > 0) two_ = Two::all;
-    // the centre is an outlier to most of the tile, E[delta]^2 > 3/4 E[delta^2], or far from it
-    if (!far && (tile.D * mean > 1.5 * tile.A || std::fabs(mean) > kSmallLogRatio)) {
-      Origin about_mean = origin;
-      about_mean.centre += temperature_ * mean;
-      const RowState<double> again = sums_about(x, y, n, false, about_mean);
-      // else the mean is an outlier too, dragged away by a column that the other model nearly excludes
-      if (again.A < 0.5 * again.S) tile = again;
-    }
-    if (started_) {
-      absorb();
-      merge(row_, tile, temperature_, kReverse);
-    } else {
-      row_ = tile;
-      started_ = true;
-    }
-    main_seen_ |= main_max > -INFINITY, other_seen_ |= other_max > -INFINITY;
-    origin_.main_max = float(row_.main_max), origin_.other_max = float(row_.other_max);
-    centre_at(row_.centre);
+    const RowState<double>& most = small_.S < 0.5 * row_.S ? row_ : small_;
+    return std::fabs(row_.centre) * most.S <= many * temperature_ * std::fmin(most.A, most.S);
   }
 
   double temperature_;
-  float inverse_temperature_;
   PowerScale scale_;
-  RowState<double> row_;
-  Origin origin_{};
+  RowState<double> row_, small_;  // of all columns; S, D and A of those that were small
+  Origin origin_;                 // row_'s
   Ratio ratio_ = Ratio::exact;
-  Sums<kReverse> sums_;
-  bool started_ = false, pending_ = false;
-  Two two_ = Two::rare;  // what the last tile would have needed
-  int far_tries_ = 2;    // how often more a tile may turn out not to be apart
-  bool main_seen_ = false, other_seen_ = false;  // a logit above -inf
+  Two two_ = Two::rare;
+  int calm_ = 0;        // tiles in a row without large columns, or how many more of them Two::none waits for, negative
+  int far_tries_ = 2;   // how often more a tile may turn out not to be apart
+  bool finite_ = true;  // no log ratio so far that is not
 };
 
 // One model's log-probabilities alone: the same tiles, S and H.
@@ -445,72 +471,74 @@ class LogprobReader {
   explicit LogprobReader(double temperature) : temperature_(temperature), scale_(temperature) {}
 
   template <typename T>
-  void tile(const T* x, int n, bool more) {
-    const float largest = tile_max(x, n);
-    if (!seen_ || largest > max_) {
-      absorb();
-      max_ = largest > -INFINITY ? largest : 0.0f;
-      seen_ = largest > -INFINITY;
+  void tile(const T* x, int n) {
+    if (row_.S > 0 && finite_ && n % Vec::kLanes == 0) {
+      const RowState<double> tile = add<true>(x, n, float(row_.main_max));
+      finite_ = std::isfinite(tile.H);
+      if (finite_ && tile.S <= kOutweighs * row_.S) {
+        row_.S += tile.S, row_.H += tile.H;
+        if (row_.S > kHeavy) rescale_main<double>(row_, scale_of(row_.main_max, row_.S, temperature_), temperature_, true);
+        return;
+      }
     }
-    const Vec m(max_);
-    const auto add = [&](Vec x0, Vec& H) __attribute__((always_inline)) {
-      Vec u = x0 - m;
-      const Vec w = exp_scaled(u, scale_);
-      H = fma(w, u, H);
+    const float largest = tile_max(x, n);
+    merge(row_, add<false>(x, n, largest > -INFINITY ? largest : 0.0f), temperature_, false);
+  }
+
+  // a RowState without another model
+  const RowState<double>& state() const { return row_; }
+
+ private:
+  // About the tile's largest logit, or any number where all are -inf. kAny: about a number near the log-sum of the row; H is
+  // finite then only where all logits are, and n is whole vectors.
+  template <bool kAny, typename T>
+  __attribute__((noinline, flatten)) RowState<double> add(const T* x, int n, float scale) const {
+    const Vec m(scale);
+    WideSum S, H;
+    const auto add = [&](Vec x0, Vec& H_of) __attribute__((always_inline)) {
+      const Vec from_scale = x0 - m;
+      Vec u = from_scale;
+      const Vec w = kAny ? exp_within(u, scale_) : exp_scaled(u, scale_);
+      H_of = fma(w, kAny ? from_scale : u, H_of);
       return w;
     };
     constexpr int kStep = 4 * Vec::kLanes;
-    int first = 0;
-    for (; first + kBlock <= n; first += kBlock) {
+    int i = 0;
+    while (i + kBlock <= n) {
       Vec H0(0.0f), H1(0.0f);
-      for (int i = first; i < first + kBlock;) {
+      for (const int block = i + kBlock; i < block;) {
         Vec weights(0.0f);
-        for (const int end = i + 2 * kStep; i < end; i += kStep) {
-          if (more) prefetch_next_tile(x + i, kStep);
+        for (const int half = i + kBlock / 2; i < half; i += kStep) {
+          prefetch(x + i, kStep);
           Vec x0, x1, x2, x3;
           load_two(x + i, x0, x1), load_two(x + i + kStep / 2, x2, x3);
           const Vec w0 = add(x0, H0), w1 = add(x1, H1), w2 = add(x2, H0), w3 = add(x3, H1);
           weights = weights + ((w0 + w1) + (w2 + w3));
         }
-        S_.add(weights);
+        S.add(weights);
       }
-      H_.add(H0 + H1);
+      H.add(H0 + H1);
     }
-    for (int i = first; i < n; i += Vec::kLanes) {
-      Vec H(0.0f);
-      S_.add(add(load_first(x + i, n - i < Vec::kLanes ? n - i : Vec::kLanes, -INFINITY), H));
-      H_.add(H);
+    for (; i < n; i += Vec::kLanes) {
+      Vec last(0.0f);
+      S.add(add(load_first(x + i, std::min(n - i, Vec::kLanes), -INFINITY), last));
+      H.add(last);
     }
-  }
-
-  // a RowState without another model
-  RowState<double> state() {
-    absorb();
-    return row_;
-  }
-
- private:
-  void absorb() {
-    rescale_main<double>(row_, max_, temperature_, true);
-    row_.S += S_.total(), row_.H += H_.total() / temperature_;
-    S_ = WideSum(), H_ = WideSum();
+    RowState<double> tile;
+    tile.main_max = scale, tile.S = S.total(), tile.H = H.total() * scale_.inverse;
+    return tile;
   }
 
   double temperature_;
   PowerScale scale_;
   RowState<double> row_;
-  float max_ = 0;
-  bool seen_ = false;
-  WideSum S_, H_;
+  bool finite_ = true;  // no logit so far that is not
 };
 
-// Calls read(first, count, more) for the tiles of [begin, end).
-template <typename T, typename Read>
+// Calls read(first, count) for the tiles of [begin, end).
+template <typename Read>
 inline void for_tiles(int64_t begin, int64_t end, const Read& read) {
-  for (int64_t i = begin; i < end; i += kTile<T>) {
-    const int n = int(end - i < kTile<T> ? end - i : kTile<T>);
-    read(i, n, i + 2 * kTile<T> <= end);
-  }
+  for (int64_t i = begin; i < end; i += kTile) read(i, int(std::min<int64_t>(kTile, end - i)));
 }
 
 }  // namespace LSC_ISA

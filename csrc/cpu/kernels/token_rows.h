@@ -26,7 +26,7 @@ inline RowState<double> read_logprobs(const Rows& rows, int64_t row, double temp
   LogprobReader reader(temperature);
   with_type(rows.dtype, [&](auto type) {
     const auto* x = row_pointer<decltype(type)>(rows, row);
-    for_tiles<decltype(type)>(begin, end, [&](int64_t i, int n, bool more) { reader.tile(x + i, n, more); });
+    for_tiles(begin, end, [&](int64_t i, int n) { reader.tile(x + i, n); });
   });
   return reader.state();
 }
@@ -44,16 +44,16 @@ inline RowState<double> read_chunk(const TokenRows& rows, int64_t row, int64_t b
     const T* x = row_pointer<T>(main, row);
     if (main.dtype == other.dtype) {
       const T* y = row_pointer<T>(other, row);
-      for_tiles<T>(begin, end, [&](int64_t i, int n, bool more) { reader.tile(x + i, y + i, n, more); });
+      for_tiles(begin, end, [&](int64_t i, int n) { reader.tile(x + i, y + i, n); });
       return;
     }
     // two dtypes: each tile is widened to float in cache
-    alignas(64) float x_tile[kTile<float>], y_tile[kTile<float>];
+    alignas(64) float x_tile[kTile], y_tile[kTile];
     with_type(other.dtype, [&](auto other_type) {
       const auto* y = row_pointer<decltype(other_type)>(other, row);
-      for_tiles<float>(begin, end, [&](int64_t i, int n, bool) {
+      for_tiles(begin, end, [&](int64_t i, int n) {
         widen(x + i, n, x_tile), widen(y + i, n, y_tile);
-        reader.tile(x_tile, y_tile, n, false);
+        reader.tile(x_tile, y_tile, n);
       });
     });
   });
@@ -107,7 +107,7 @@ struct RowGradient {
       : scale(temperature), m(saved[kMax]), inverse_S(saved[kInverseS]), m_ref(saved[kRefMax]),
         inverse_ref_S(std::exp(-saved[kRefLogS])), centre(saved[kCentre]), centre_low(saved[kCentreLow]), L(saved[kL]),
         // a large L has rounded away what small log ratios differ by
-        small_limit(std::fabs(saved[kL]) < kSmallLogRatio ? kSmallLogRatio : 0.0f), inverse(float(1 / temperature)),
+        small_limit(std::fabs(saved[kL]) < kSmallLogRatio ? kSmallLogRatio : 0.0f), inverse(scale.inverse),
         p0(float(c.p0)), p_logit(float(c.p_logit / temperature)), p_delta(float(c.p_delta)),
         p_minus_q(float(c.p_minus_q)), q0(float(c.q0)), q_delta(float(c.q_delta)), q_minus_p(float(c.q_minus_p)) {}
 

@@ -45,13 +45,18 @@ inline Mask both(Mask a, Mask b) { return a & b; }
 inline Mask either(Mask a, Mask b) { return a | b; }
 inline bool all(Mask a) { return a == 0xffff; }
 inline bool any(Mask a) { return a != 0; }
+inline Mask complement(Mask a) { return Mask(~a); }
 inline Vec select(Mask where, Vec yes, Vec no) { return _mm512_mask_blend_ps(where, no.v, yes.v); }
+inline Vec add_where(Mask where, Vec sum, Vec a) { return _mm512_mask_add_ps(sum.v, where, sum.v, a.v); }
+// The larger of |a| and |b|; where one of them is NaN, perhaps the other.
+inline Vec max_abs(Vec a, Vec b) { return _mm512_range_ps(a.v, b.v, 0xb); }
+// u where it is in [-bound, bound], else the end it is beyond; where it is NaN, anything.
+inline Vec within(Vec bound, Vec u) { return _mm512_range_ps(u.v, bound.v, 0x2); }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float max_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
 // a * 2^n for whole n in [kExp2Floor, 127]; 0 at kExp2Floor
 constexpr float kExp2Floor = -160.0f;
 inline Vec scale2(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
-inline Vec low_bits_to_exponent(Vec a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23)); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const BFloat16* p) {
@@ -88,34 +93,15 @@ inline void store(Half* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// The largest of many 16-bit floats from their bits, which order the positive ones as signed and the negative ones,
-// reversed, as unsigned numbers.
-struct LargestBits {
-  __m512i positive = _mm512_set1_epi16(INT16_MIN), negative = _mm512_set1_epi16(-1);
-
-  // 2 kLanes of them
-  void add(const void* p) {
-    const __m512i bits = _mm512_loadu_si512(p);
-    positive = _mm512_max_epi16(positive, bits), negative = _mm512_min_epu16(negative, bits);
-  }
-  uint16_t value() const {
-    const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
-    const int largest = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_slli_epi32(positive, 16), _mm512_and_si512(positive, upper)));
-    if (largest >= 0) return uint16_t(largest >> 16);
-    return uint16_t(_mm512_reduce_min_epu32(_mm512_min_epu32(_mm512_srli_epi32(negative, 16), _mm512_and_si512(negative, _mm512_set1_epi32(0xffff)))));
-  }
-};
-
-// A double for each lane: where float sums of a few vectors are gathered.
+// Doubles, one for two lanes: where float sums of a few vectors are gathered.
 struct WideSum {
-  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+  __m512d lanes = _mm512_setzero_pd();
 
   void add(Vec a) {
-    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
-    high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+    lanes = _mm512_add_pd(lanes, _mm512_cvtps_pd(halves));
   }
-  void add(const WideSum& other) { low = _mm512_add_pd(low, other.low), high = _mm512_add_pd(high, other.high); }
-  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+  double total() const { return _mm512_reduce_add_pd(lanes); }
 };
 
 #elif defined(__AVX2__)
@@ -147,7 +133,11 @@ inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
 inline Mask either(Mask a, Mask b) { return {_mm256_or_ps(a.v, b.v)}; }
 inline bool all(Mask a) { return _mm256_movemask_ps(a.v) == 0xff; }
 inline bool any(Mask a) { return _mm256_movemask_ps(a.v) != 0; }
+inline Mask complement(Mask a) { return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
 inline Vec select(Mask where, Vec yes, Vec no) { return _mm256_blendv_ps(no.v, yes.v, where.v); }
+inline Vec add_where(Mask where, Vec sum, Vec a) { return _mm256_add_ps(sum.v, _mm256_and_ps(where.v, a.v)); }
+inline Vec max_abs(Vec a, Vec b) { return max(abs(a), abs(b)); }
+inline Vec within(Vec bound, Vec u) { return max(Vec(_mm256_xor_ps(bound.v, _mm256_set1_ps(-0.0f))), min(bound, u)); }
 constexpr float kExp2Floor = -127.0f;
 inline Vec scale2(Vec a, Vec n) {
   const __m256i exponent = _mm256_cvtps_epi32(n.v);
@@ -205,38 +195,15 @@ inline void store(Half* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-struct LargestBits {
-  __m256i positive = _mm256_set1_epi16(INT16_MIN), negative = _mm256_set1_epi16(-1);
-
-  void add(const void* p) {
-    const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
-    positive = _mm256_max_epi16(positive, bits), negative = _mm256_min_epu16(negative, bits);
-  }
-  uint16_t value() const {
-    // the smallest of eight unsigned: what minpos finds; signed numbers are turned into such
-    const __m256i turned = _mm256_sub_epi16(_mm256_set1_epi16(INT16_MAX), positive);
-    const int largest = INT16_MAX - smallest(turned);
-    return uint16_t(largest >= 0 ? largest : smallest(negative));
-  }
-
- private:
-  static int smallest(__m256i v) {
-    const __m128i half = _mm_min_epu16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    return _mm_extract_epi16(_mm_minpos_epu16(half), 0);
-  }
-};
-
 struct WideSum {
-  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+  __m256d lanes = _mm256_setzero_pd();
 
   void add(Vec a) {
-    low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)));
-    high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
+    const __m128 halves = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    lanes = _mm256_add_pd(lanes, _mm256_cvtps_pd(halves));
   }
-  void add(const WideSum& other) { low = _mm256_add_pd(low, other.low), high = _mm256_add_pd(high, other.high); }
   double total() const {
-    const __m256d s = _mm256_add_pd(low, high);
-    const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd(s, 1));
+    const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(lanes), _mm256_extractf128_pd(lanes, 1));
     return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
   }
 };
@@ -270,9 +237,13 @@ inline Mask both(Mask a, Mask b) { return {a.v & b.v}; }
 inline Mask either(Mask a, Mask b) { return {a.v | b.v}; }
 inline bool all(Mask a) { return (a.v[0] & a.v[1] & a.v[2] & a.v[3]) != 0; }
 inline bool any(Mask a) { return (a.v[0] | a.v[1] | a.v[2] | a.v[3]) != 0; }
+inline Mask complement(Mask a) { return {~a.v}; }
 inline Vec max(Vec limit, Vec x) { return select(x < limit, limit, x); }
 inline Vec min(Vec limit, Vec x) { return select(limit < x, limit, x); }
 inline Vec abs(Vec a) { return Vec(Float4((Int4)a.v & 0x7fffffff)); }
+inline Vec add_where(Mask where, Vec sum, Vec a) { return Vec(sum.v + Float4((Int4)a.v & where.v)); }
+inline Vec max_abs(Vec a, Vec b) { return max(abs(a), abs(b)); }
+inline Vec within(Vec bound, Vec u) { return max(Vec(-bound.v), min(bound, u)); }
 // right for |a| < 2^22; exp2 stays within
 inline Vec round(Vec a) {
   const Float4 magic = Vec(0x1.8p23f).v;
@@ -301,15 +272,12 @@ inline void store(T* p, Vec a) {
 }
 
 struct WideSum {
-  double lanes[4] = {0, 0, 0, 0};
+  double lanes[2] = {0, 0};
 
   void add(Vec a) {
-    for (int i = 0; i < 4; ++i) lanes[i] += double(a.v[i]);
+    for (int i = 0; i < 2; ++i) lanes[i] += double(a.v[i] + a.v[i + 2]);
   }
-  void add(const WideSum& other) {
-    for (int i = 0; i < 4; ++i) lanes[i] += other.lanes[i];
-  }
-  double total() const { return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]); }
+  double total() const { return lanes[0] + lanes[1]; }
 };
 
 #endif
@@ -340,13 +308,14 @@ inline void store_first(T* p, int n, Vec a) {
 
 // What turns raw differences u into powers of two.
 struct PowerScale {
+  float inverse;         // 1/T
   float factor;          // log2(e)/T
   float step, step_low;  // T ln(2) in two floats, the first with 12 bits: n step is exact
   float lowest;          // the u below which the power is 0
 
   explicit PowerScale(double temperature) {
     const double ln2 = 0.69314718055994530942 * temperature;
-    factor = float(1.4426950408889634074 / temperature);
+    inverse = float(1 / temperature), factor = float(1.4426950408889634074 / temperature);
     step = bits_to_float(float_to_bits(float(ln2)) & 0xfffff000u), step_low = float(ln2 - step);
     lowest = float(-127 * ln2);
   }
@@ -365,13 +334,32 @@ inline Vec reduced(Vec u, Vec n, const PowerScale& scale) {
   return ((u - n * Vec(scale.step)) - n * Vec(scale.step_low)) * Vec(scale.factor);
 }
 
-// e^(u/T) for u <= 0, -inf included; NaN gives NaN. e^0 is exactly 1. Relative error 1.5e-7 beyond what the rounding of
-// log2(e)/T makes of u: u log2(e)/T = n + f with n whole and |f| <= 1/2, and 2^f = 1 + f g(f) with g a minimax polynomial
-// of degree 4 (9e-8). `u` comes back finite, so that power * u is never 0 * inf.
-inline Vec exp_scaled(Vec& u, const PowerScale& scale) {
+// e^(u/T) of a u that is NaN or in [lowest, -lowest]. e^0 is exactly 1 and e^lowest 0. The relative error is 1.5e-7 beyond what the
+// rounding of log2(e)/T makes of u.
+#if defined(__AVX512F__)
+// 2^(j/16) less j 2^19 in its bits
+alignas(64) constexpr uint32_t kSixteenths[16] = {
+    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+
+// u log2(e)/T = n + j/16 + f with |f| <= 1/32; 2^(j/16) from a table, 2^f = 1 + f q(f) with q of degree 2. Half of the multiply-adds
+// of what the others do: they are what this processor has one of each cycle.
+inline Vec power(Vec u, const PowerScale& scale) {
+  // a float of this size has no bits below 1/16, so adding it rounds; its own lowest bits are then 16 n + j
+  const Vec shift(0x1.8p19f);
+  const Vec shifted = fma(u, Vec(scale.factor), shift);
+  const Vec f = reduced(u, shifted - shift, scale);
+  const __m512i bits = _mm512_castps_si512(shifted.v);
+  const __m512 sixteenth = _mm512_permutexvar_ps(bits, _mm512_load_ps(kSixteenths));
+  const Vec p = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(sixteenth), _mm512_slli_epi32(bits, 19)));
+  const Vec q = fma(fma(Vec(0x1.c6b348p-5f), f, Vec(0x1.ebfffap-3f)), f, Vec(0x1.62e430p-1f));
+  return fma(p * f, q, p);
+}
+#else
+// u log2(e)/T = n + f with n whole and |f| <= 1/2; 2^f = 1 + f g(f) with g a minimax polynomial of degree 4 (9e-8).
+inline Vec power(Vec u, const PowerScale& scale) {
   // a float of this size has no bits below 1, so adding it rounds; its own lowest bits are then n + 127, the exponent of 2^n
   const Vec shift(0x1.8p23f + 127);
-  u = max(Vec(scale.lowest), u);
   const Vec shifted = fma(u, Vec(scale.factor), shift);
   const Vec f = reduced(u, shifted - shift, scale);
   Vec g = fma(Vec(0x1.5bba0ep-10f), f, Vec(0x1.3cea88p-7f));
@@ -379,6 +367,19 @@ inline Vec exp_scaled(Vec& u, const PowerScale& scale) {
   g = fma(g, f, Vec(0x1.ebf9bcp-3f));
   g = fma(g, f, Vec(0x1.62e42ap-1f));
   return fma(g, f, Vec(1.0f)) * low_bits_to_exponent(shifted);
+}
+#endif
+
+// e^(u/T) for u <= -lowest, -inf included; NaN gives NaN. `u` comes back finite, so that power * u is never 0 * inf.
+inline Vec exp_scaled(Vec& u, const PowerScale& scale) {
+  u = max(Vec(scale.lowest), u);
+  return power(u, scale);
+}
+
+// e^(u/T) of any u, as if those beyond [lowest, -lowest] were its ends; NaN gives anything. `u` comes back within.
+inline Vec exp_within(Vec& u, const PowerScale& scale) {
+  u = within(Vec(-scale.lowest), u);
+  return power(u, scale);
 }
 
 }  // namespace LSC_ISA
