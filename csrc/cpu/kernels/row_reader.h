@@ -27,8 +27,9 @@
 namespace lsc {
 namespace LSC_ISA {
 
-// Columns. Two tiles of floats leave room in a 32 KB cache, and what is done once a tile is little beside it.
-constexpr int kTile = 2048;
+// Columns: 8 KB of each model, which leaves room in a 32 KB cache, and what is done once a tile is little beside it.
+template <typename T>
+constexpr int kTile = 8192 / sizeof(T);
 
 // What is a page ahead, also beyond the end of a row: there the next one begins, or nothing is fetched.
 template <typename T>
@@ -75,9 +76,9 @@ struct Origin {
         to_other(std::exp((main_max - centre - other_max) / temperature)) {}
 };
 
-// A vector of columns: the logits, the main model's weights, the log ratios.
+// A vector of columns: the logits, the main model's from its scale, its weights, the log ratios.
 struct Columns {
-  Vec x, y, w, delta;
+  Vec x, y, from_max, w, delta;
 };
 
 // Every lane, where others give a Mask.
@@ -89,9 +90,10 @@ template <bool kReverse>
 struct SmallSums {
   Vec D{0.0f}, A{0.0f}, H{0.0f};  // H of all columns, unless kReverse
 
+  // `remainder` is expm1_remainder(delta)
   template <typename Where>
-  void add(Where where, Vec w, Vec delta, Vec from_other_max) {
-    const Vec w_delta = w * delta, w_square = w_delta * delta, remainder = expm1_remainder(delta);
+  void add(Where where, Vec w, Vec delta, Vec remainder, Vec from_other_max) {
+    const Vec w_delta = w * delta, w_square = w_delta * delta;
     D = add_where(where, D, w_delta);
     if constexpr (kReverse) {
       const Vec of_A = w_square * remainder;
@@ -115,18 +117,22 @@ struct LargeSums {
   bool other_misses = false;
 
   __attribute__((always_inline)) void add(const Columns& a, const Columns& b, Vec other_max, const PowerScale& scale) {
-    const bool small_a = add(a, other_max, scale), small_b = add(b, other_max, scale);
-    pairs += !(small_a && small_b);
-  }
-
-  // Out of the way of what most vectors need in registers.
-  __attribute__((noinline)) void add_rare(const Columns& a, const Columns& b, Vec other_max, const PowerScale& scale) {
-    add(a, b, other_max, scale);
+    const Weights of_a = add(a, other_max, scale), of_b = add(b, other_max, scale);
+    const Mask large_a = complement(of_a.small), large_b = complement(of_b.small);
+    // two by two, as the small ones' elsewhere
+    S = S + add_where(of_b.small, only(of_a.small, of_a.w), of_b.w);
+    W = W + add_where(large_b, only(large_a, of_a.w), of_b.w);
+    V = V + add_where(large_b, only(large_a, of_a.v), of_b.v);
+    pairs += !all(both(of_a.small, of_b.small));
   }
 
  private:
-  // Returns whether all columns are small.
-  __attribute__((always_inline)) bool add(const Columns& c, Vec other_max, const PowerScale& scale) {
+  struct Weights {
+    Vec w, v;
+    Mask small;
+  };
+
+  __attribute__((always_inline)) Weights add(const Columns& c, Vec other_max, const PowerScale& scale) {
     const Mask small = abs(c.delta) < Vec(kSmallLogRatio), large = complement(small);
     Vec from_other_max = c.y - other_max, w = c.w, delta = c.delta;
     Vec v = exp_within(from_other_max, scale);
@@ -136,11 +142,10 @@ struct LargeSums {
       delta = select(finite, delta, Vec(0.0f));
       w = weight(c.x, w), v = weight(c.y, v);
     }
-    beside.add(small, w, delta, from_other_max);
-    S = add_where(small, S, w), W = add_where(large, W, w), V = add_where(large, V, v);
+    beside.add(small, w, delta, expm1_remainder(delta), from_other_max);
     WD = add_where(large, WD, w * delta);
     if constexpr (kReverse) VH = add_where(large, VH, v * from_other_max);
-    return all(small);
+    return {w, v, small};
   }
 
   // 0 of a logit of -inf, NaN of +inf and NaN.
@@ -155,12 +160,12 @@ constexpr int kBlock = 16 * Vec::kLanes;
 // How a tile's log ratios are taken from its logits.
 enum class Ratio {
   exact,   // ((x - y) - c)/T with what x - y rounds away
-  direct,  // without it, which saves seven instructions of thirty: see RowReader::centre_at
+  direct,  // without it, which saves seven instructions of thirty: see RowReader::small_centre
 };
 
 // Which of a tile's columns get two exponentials.
 enum class Two {
-  none,   // wherever the tile has a large one, or one that is not finite, its sums are no good
+  none,   // where any is not finite or has |delta| >= 0.5, the sums are no good
   rare,   // the large ones of few vectors, told by a branch
   mixed,  // of all vectors, the large ones; the others have the series too, and no branch decides
   all,    // every column, and no series; all must be finite
@@ -195,14 +200,15 @@ __attribute__((noinline, flatten)) void add_tile(
   const auto columns = [&](Vec x0, Vec y0) __attribute__((always_inline)) {
     Vec u = x0 - m;
     const Vec w = exp_within(u, scale);
-    if constexpr (!kReverse) small.H = fma(w, u, small.H);
-    if constexpr (kRatio == Ratio::direct) return Columns{x0, y0, w, fms(x0 - y0, inverse, scaled_c)};
-    return Columns{x0, y0, w, centred_difference(x0, y0, c, c_low) * inverse};
+    if constexpr (kRatio == Ratio::direct) return Columns{x0, y0, u, w, fms(x0 - y0, inverse, scaled_c)};
+    return Columns{x0, y0, u, w, centred_difference(x0, y0, c, c_low) * inverse};
   };
-  const auto add_small = [&](const Columns& a, const Columns& b) __attribute__((always_inline)) {
-    small.add(Everywhere{}, a.w, a.delta, a.y - m_other);
-    small.add(Everywhere{}, b.w, b.delta, b.y - m_other);
-    weights = weights + (a.w + b.w);
+  const auto add_entropy = [&](const Columns& a, const Columns& b) __attribute__((always_inline)) {
+    if constexpr (!kReverse) small.H = fma(b.w, b.from_max, fma(a.w, a.from_max, small.H));
+  };
+  const auto add_small = [&](const Columns& a) __attribute__((always_inline)) {
+    const Vec remainder = kTwo == Two::none ? expm1_remainder_of_smaller(a.delta) : expm1_remainder(a.delta);
+    small.add(Everywhere{}, a.w, a.delta, remainder, a.y - m_other);
   };
   // Without the series: D is of all columns, and so are the weights.
   const auto other_weight = [&](const Columns& a) __attribute__((always_inline)) {
@@ -212,33 +218,39 @@ __attribute__((noinline, flatten)) void add_tile(
     if constexpr (kReverse) small.H = fma(v, from_other_max, small.H);
     return v;
   };
+  // Returns whether they are added; else they are for the sums of large columns.
   const auto add = [&](const Columns& a, const Columns& b) __attribute__((always_inline)) {
     if constexpr (kTwo == Two::none) {
       largest = max_abs(max_abs(largest, a.delta), b.delta);
-      add_small(a, b);
     } else if constexpr (kTwo == Two::rare) {
-      if (__builtin_expect(all(max_abs(a.delta, b.delta) < Vec(kSmallLogRatio)), 1)) return add_small(a, b);
-      large.add_rare(a, b, m_other, scale);
+      if (!__builtin_expect(all(max_abs(a.delta, b.delta) < Vec(kSmallLogRatio)), 1)) return false;
     } else if constexpr (kTwo == Two::mixed) {
-      large.add(a, b, m_other, scale);
-    } else {
-      other_weights = other_weights + (other_weight(a) + other_weight(b));
-      weights = weights + (a.w + b.w);
+      return false;
     }
+    if constexpr (kTwo == Two::all) {
+      other_weights = other_weights + (other_weight(a) + other_weight(b));
+    } else {
+      add_small(a), add_small(b);
+    }
+    weights = weights + (a.w + b.w);
+    return true;
+  };
+  const auto gather_large_weights = [&]() __attribute__((always_inline)) {
+    S.add(large.S), W.add(large.W), V.add(large.V);
+    large.S = large.W = large.V = Vec(0.0f);
   };
   const auto gather_weights = [&](bool has_large) __attribute__((always_inline)) {
     if constexpr (kTwo == Two::none || kTwo == Two::rare) S.add(weights);
     if constexpr (kTwo == Two::all) W.add(weights), V.add(other_weights);
     weights = other_weights = Vec(0.0f);
-    if (!has_large) return;
-    S.add(large.S), W.add(large.W), V.add(large.V);
-    large.S = large.W = large.V = Vec(0.0f);
+    if (has_large) gather_large_weights();
   };
   const auto gather = [&](bool has_large) __attribute__((always_inline)) {
     if constexpr (kReverse && kTwo == Two::all) VH.add(small.H); else H.add(small.H);
     if constexpr (kTwo == Two::all) WD.add(small.D); else D.add(small.D), A.add(small.A);
     small = SmallSums<kReverse>();
     if (!has_large) return;
+    gather_large_weights();
     D.add(large.beside.D), A.add(large.beside.A), WD.add(large.WD);
     if constexpr (kReverse) H.add(large.beside.H), VH.add(large.VH);
     large_pairs += large.pairs;
@@ -246,37 +258,52 @@ __attribute__((noinline, flatten)) void add_tile(
     large = LargeSums<kReverse>();
   };
   const auto has_large = [&] { return kTwo == Two::mixed || (kTwo == Two::rare && large.pairs > 0); };
+  const auto add_large = [&](const Columns& a, const Columns& b) __attribute__((always_inline)) { large.add(a, b, m_other, scale); };
 
   constexpr int kPair = 2 * Vec::kLanes;
+  const auto pair_at = [&](int first, Columns& a, Columns& b) __attribute__((always_inline)) {
+    Vec x0, x1, y0, y1;
+    load_two(x + first, x0, x1), load_two(y + first, y0, y1);
+    a = columns(x0, y0), b = columns(x1, y1);
+  };
   int i = 0;
-  while (i + kBlock <= n) {
-    for (const int block = i + kBlock; i < block;) {
+  for (int block = 0; block + kBlock <= n; block = i) {
+    unsigned later = 0;  // pairs that are left for the end of the block: what they need would take the others' registers
+    while (i < block + kBlock) {
 #pragma GCC unroll 1
       for (const int half = i + kBlock / 2; i < half; i += kPair) {
         prefetch(x + i, kPair), prefetch(y + i, kPair);
-        Vec x0, x1, y0, y1;
-        load_two(x + i, x0, x1), load_two(y + i, y0, y1);
-        const Columns a = columns(x0, y0), b = columns(x1, y1);
-        add(a, b);
+        Columns a, b;
+        pair_at(i, a, b);
+        add_entropy(a, b);
+        if (add(a, b)) continue;
+        if constexpr (kTwo == Two::mixed) add_large(a, b);
+        if constexpr (kTwo == Two::rare) later |= 1u << (i - block) / kPair;
       }
       gather_weights(has_large());
     }
+    if constexpr (kTwo == Two::rare) {
+      for (; later; later &= later - 1) {
+        Columns a, b;
+        pair_at(block + __builtin_ctz(later) * kPair, a, b);
+        add_large(a, b);
+      }
+    }
     gather(has_large());
-  }
-  for (; i + kPair <= n; i += kPair) {
-    add(columns(load(x + i), load(y + i)), columns(load(x + i + Vec::kLanes), load(y + i + Vec::kLanes)));
-    gather_weights(has_large());
   }
   if (i < n) {
-    // what there is no column for is -inf in both models, which only the sums of large columns can tell
-    const auto last = [&](int first) {
-      const int left = n - first < 0 ? 0 : n - first < Vec::kLanes ? n - first : Vec::kLanes;
-      return columns(load_first(x + first, left, -INFINITY), load_first(y + first, left, -INFINITY));
-    };
-    large.add(last(i), last(i + Vec::kLanes), m_other, scale);
-    gather_weights(true), gather(true);
-  } else {
-    gather(has_large());
+    for (; i < n; i += kPair) {
+      // what there is no column for is -inf in both models, which only the sums of large columns can tell
+      const auto last = [&](int first) {
+        const int left = std::clamp(n - first, 0, Vec::kLanes);
+        return columns(load_first(x + first, left, -INFINITY), load_first(y + first, left, -INFINITY));
+      };
+      const Columns a = last(i), b = last(i + Vec::kLanes);
+      add_entropy(a, b);
+      add_large(a, b);
+      gather_weights(true);
+    }
+    gather(true);
   }
 
   RowState<double>&row = tile.row, &near = tile.small;
@@ -319,7 +346,7 @@ class RowReader {
  public:
   explicit RowReader(double temperature) : temperature_(temperature), scale_(temperature) {}
 
-  // The next n <= kTile pairs of the row.
+  // The next n <= kTile<T> pairs of the row.
   template <typename T>
   void tile(const T* x, const T* y, int n) {
     if (!(row_.S > 0 && row_.other_S > 0)) return begin_anew(x, y, n);
@@ -327,11 +354,13 @@ class RowReader {
     add(x, y, n, origin_, ratio_, tile);
     const bool fits = tile.row.S <= kOutweighs * row_.S && tile.row.other_S <= kOutweighs * row_.other_S && std::isfinite(tile.row.D);
     if (!fits) return begin_anew(x, y, n);
-    // a tile of little weight is no place for a centre
-    const bool outlier = small_.S + tile.small.S < 0.5 * (row_.S + tile.row.S) && tile.row.S > 1e-3 * row_.S;
-    if (outlier && tile.about_outlier()) go_over_again(x, y, n, origin_, tile);
-    if (tile.row.centre != row_.centre) {
-      include(tile.row.centre, tile);
+    // most of the row is far from the centre, and so is this tile; one of little weight is no place for another
+    const bool outlier = small_.S + tile.small.S < 0.5 * (row_.S + tile.row.S) && tile.about_outlier() && tile.row.S > 1e-3 * row_.S;
+    // what series and roundings make of the distance to the centre would tell beside the weight before
+    const bool elsewhere = tile.row.S > 0.25 * row_.S && off_centre(tile.small);
+    if (outlier || elsewhere) {
+      go_over_again(x, y, n, origin_, tile);
+      include(outlier || tile.row.S > row_.S ? tile.row.centre : row_.centre, tile);
       settle();
     } else {
       accumulate(row_, tile.row), accumulate(small_, tile.small);
@@ -355,9 +384,8 @@ class RowReader {
   void add(const T* x, const T* y, int n, const Origin& origin, Ratio ratio, Tile& tile) {
     if (two_ == Two::none) {
       add_as<Two::none>(x, y, n, origin, ratio, tile);
-      if (tile.largest < kSmallLogRatio && std::isfinite(tile.row.D)) return;
-      constexpr int patience = 4;
-      two_ = Two::rare, calm_ = -patience;
+      if (tile.largest < kSmallerLogRatio && std::isfinite(tile.row.D)) return;
+      two_ = Two::rare, --near_tries_;
     } else if (two_ == Two::all) {
       add_as<Two::all>(x, y, n, origin, ratio, tile);
       if (apart(tile.row, temperature_)) return;
@@ -375,11 +403,10 @@ class RowReader {
   // How the next tile is added, from how many pairs of vectors of this one had large columns.
   void choose(int large_pairs, int n) {
     const int large = large_pairs * (2 * Vec::kLanes);
-    calm_ = large > 0 ? std::min(calm_, 0) : calm_ + 1;
     if (!finite_ || 4 * large >= n) {
       two_ = finite_ && 2 * large >= n && far_tries_ > 0 ? Two::all : Two::mixed;
     } else {
-      two_ = calm_ > 0 ? Two::none : Two::rare;
+      two_ = large == 0 && near_tries_ > 0 ? Two::none : Two::rare;
     }
   }
 
@@ -395,9 +422,9 @@ class RowReader {
     const float m = main_max > -INFINITY ? main_max : other_max > -INFINITY ? other_max : 0.0f;
     const float m_other = other_max > -INFINITY ? other_max : float(m - centre);
     const Origin origin(m, m_other, centre, temperature_);
-    two_ = finite_ ? Two::rare : Two::mixed;
     Tile tile;
-    add(x, y, n, origin, Ratio::exact, tile);
+    add_as<Two::mixed>(x, y, n, origin, Ratio::exact, tile);
+    choose(tile.large_pairs, n);
     if (tile.about_outlier() || off_centre(tile.small)) go_over_again(x, y, n, origin, tile);
     bring_to_common_scales(row_, tile.row, temperature_, kReverse);
     rescale_main<double>(small_, row_.main_max, temperature_, false);
@@ -414,7 +441,8 @@ class RowReader {
     const Origin there(origin.main_max, origin.other_max, origin.centre + temperature_ * away, temperature_);
     Tile again;
     add_as<Two::mixed>(x, y, n, there, Ratio::exact, again);
-    if (again.small.S >= small.S) tile = again, choose(tile.large_pairs, n);
+    if (again.small.S >= 0.999 * small.S) tile = again;
+    choose(tile.large_pairs, n);
   }
 
   // The tile into the row, about a centre that one of them has; what was small about one far from it is no more.
@@ -460,9 +488,8 @@ class RowReader {
   Origin origin_;                 // row_'s
   Ratio ratio_ = Ratio::exact;
   Two two_ = Two::rare;
-  int calm_ = 0;        // tiles in a row without large columns, or how many more of them Two::none waits for, negative
-  int far_tries_ = 2;   // how often more a tile may turn out not to be apart
-  bool finite_ = true;  // no log ratio so far that is not
+  int near_tries_ = 2, far_tries_ = 2;  // how often more a tile may turn out not to be near, or apart
+  bool finite_ = true;                  // no log ratio so far that is not
 };
 
 // One model's log-probabilities alone: the same tiles, S and H.
@@ -535,10 +562,13 @@ class LogprobReader {
   bool finite_ = true;  // no logit so far that is not
 };
 
-// Calls read(first, count) for the tiles of [begin, end).
-template <typename Read>
+// Calls read(first, count) for the tiles of [begin, end). The first ones are short: they are passed over more than once.
+template <typename T, typename Read>
 inline void for_tiles(int64_t begin, int64_t end, const Read& read) {
-  for (int64_t i = begin; i < end; i += kTile) read(i, int(std::min<int64_t>(kTile, end - i)));
+  for (int64_t i = begin, n, most = kTile<T> / 8; i < end; i += n, most = std::min<int64_t>(2 * most, kTile<T>)) {
+    n = std::min(most, end - i);
+    read(i, int(n));
+  }
 }
 
 }  // namespace LSC_ISA

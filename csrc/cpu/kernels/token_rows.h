@@ -26,7 +26,7 @@ inline RowState<double> read_logprobs(const Rows& rows, int64_t row, double temp
   LogprobReader reader(temperature);
   with_type(rows.dtype, [&](auto type) {
     const auto* x = row_pointer<decltype(type)>(rows, row);
-    for_tiles(begin, end, [&](int64_t i, int n) { reader.tile(x + i, n); });
+    for_tiles<decltype(type)>(begin, end, [&](int64_t i, int n) { reader.tile(x + i, n); });
   });
   return reader.state();
 }
@@ -44,14 +44,14 @@ inline RowState<double> read_chunk(const TokenRows& rows, int64_t row, int64_t b
     const T* x = row_pointer<T>(main, row);
     if (main.dtype == other.dtype) {
       const T* y = row_pointer<T>(other, row);
-      for_tiles(begin, end, [&](int64_t i, int n) { reader.tile(x + i, y + i, n); });
+      for_tiles<T>(begin, end, [&](int64_t i, int n) { reader.tile(x + i, y + i, n); });
       return;
     }
     // two dtypes: each tile is widened to float in cache
-    alignas(64) float x_tile[kTile], y_tile[kTile];
+    alignas(64) float x_tile[kTile<float>], y_tile[kTile<float>];
     with_type(other.dtype, [&](auto other_type) {
       const auto* y = row_pointer<decltype(other_type)>(other, row);
-      for_tiles(begin, end, [&](int64_t i, int n) {
+      for_tiles<float>(begin, end, [&](int64_t i, int n) {
         widen(x + i, n, x_tile), widen(y + i, n, y_tile);
         reader.tile(x_tile, y_tile, n);
       });

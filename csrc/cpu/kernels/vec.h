@@ -47,6 +47,8 @@ inline bool all(Mask a) { return a == 0xffff; }
 inline bool any(Mask a) { return a != 0; }
 inline Mask complement(Mask a) { return Mask(~a); }
 inline Vec select(Mask where, Vec yes, Vec no) { return _mm512_mask_blend_ps(where, no.v, yes.v); }
+// a, elsewhere 0
+inline Vec only(Mask where, Vec a) { return _mm512_maskz_mov_ps(where, a.v); }
 inline Vec add_where(Mask where, Vec sum, Vec a) { return _mm512_mask_add_ps(sum.v, where, sum.v, a.v); }
 // The larger of |a| and |b|; where one of them is NaN, perhaps the other.
 inline Vec max_abs(Vec a, Vec b) { return _mm512_range_ps(a.v, b.v, 0xb); }
@@ -135,7 +137,8 @@ inline bool all(Mask a) { return _mm256_movemask_ps(a.v) == 0xff; }
 inline bool any(Mask a) { return _mm256_movemask_ps(a.v) != 0; }
 inline Mask complement(Mask a) { return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
 inline Vec select(Mask where, Vec yes, Vec no) { return _mm256_blendv_ps(no.v, yes.v, where.v); }
-inline Vec add_where(Mask where, Vec sum, Vec a) { return _mm256_add_ps(sum.v, _mm256_and_ps(where.v, a.v)); }
+inline Vec only(Mask where, Vec a) { return _mm256_and_ps(where.v, a.v); }
+inline Vec add_where(Mask where, Vec sum, Vec a) { return sum + only(where, a); }
 inline Vec max_abs(Vec a, Vec b) { return max(abs(a), abs(b)); }
 inline Vec within(Vec bound, Vec u) { return max(Vec(_mm256_xor_ps(bound.v, _mm256_set1_ps(-0.0f))), min(bound, u)); }
 constexpr float kExp2Floor = -127.0f;
@@ -241,7 +244,8 @@ inline Mask complement(Mask a) { return {~a.v}; }
 inline Vec max(Vec limit, Vec x) { return select(x < limit, limit, x); }
 inline Vec min(Vec limit, Vec x) { return select(limit < x, limit, x); }
 inline Vec abs(Vec a) { return Vec(Float4((Int4)a.v & 0x7fffffff)); }
-inline Vec add_where(Mask where, Vec sum, Vec a) { return Vec(sum.v + Float4((Int4)a.v & where.v)); }
+inline Vec only(Mask where, Vec a) { return Vec(Float4((Int4)a.v & where.v)); }
+inline Vec add_where(Mask where, Vec sum, Vec a) { return sum + only(where, a); }
 inline Vec max_abs(Vec a, Vec b) { return max(abs(a), abs(b)); }
 inline Vec within(Vec bound, Vec u) { return max(Vec(-bound.v), min(bound, u)); }
 // right for |a| < 2^22; exp2 stays within
