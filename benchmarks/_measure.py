@@ -7,12 +7,14 @@ them all; the read floor, ``x.sum()`` over the same bytes, runs in the same roun
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,23 @@ class Alternating:
 
     def fastest(self, name: str) -> float:
         return min(self.times[name])
+
+
+@contextlib.contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """Memory allocated inside goes back to the system when it is freed.
+
+    Else glibc keeps the gigabytes of an fp64 truth, freed, and serves tensors of hundreds of megabytes from pages that
+    are already there, for whoever is timed afterwards. Outside, it does what it does by default once a program has
+    worked for a while: what is larger than 32 MB comes fresh from the system each time.
+    """
+    mmap_threshold = -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
+    mallopt(mmap_threshold, 64 << 10)
+    try:
+        yield
+    finally:
+        mallopt(mmap_threshold, 32 << 20)
 
 
 def rounds_for(steps: dict[str, Callable[[], object]], seconds: float) -> int:

@@ -27,6 +27,7 @@ from _measure import (
     extra_memory,
     forward,
     forward_backward,
+    nothing_left_behind,
     read_floor,
     rounds_for,
 )
@@ -120,13 +121,14 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Compare:
             ways_of = {EAGER: textbook, COMPILED: compiled, NATIVE: ours}
         make = forward if leaf is None else lambda function, given: forward_backward(function, given, leaf)
         steps = {name: make(function, inputs) for name, function in ways_of.items()}
-        true = make(truth, inputs)()
-        found = {name: errors(step(), true) for name, step in steps.items()}
+        with nothing_left_behind():
+            true = make(truth, inputs)()
+            found = {name: errors(step(), true) for name, step in steps.items()}
+            del true
         if check is not None:
             check(steps[NATIVE]())
         for output, error in found[NATIVE].items():
             assert error < 1e-4 or error <= 2 * found[EAGER][output], f"{op} {output}: error {error:.1e}"
-        del true
 
         timed: dict[str, Callable[[], object]] = {**steps, **({FLOOR: read_floor(reads)} if reads else {})}
         rounds = 1 if quick else rounds_for(timed, request.config.getoption("--bench-seconds"))

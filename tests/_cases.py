@@ -80,6 +80,36 @@ def _shifted_but_for_one(a: Tensor, b: Tensor) -> Pair:
     return x, x - 102 / 1024 - one
 
 
+def _begins_elsewhere(below: float) -> Callable[[Tensor, Tensor], Pair]:
+    """The first stretch has log ratios of its own, and less weight than all others."""
+
+    def pair(a: Tensor, b: Tensor) -> Pair:
+        first = torch.arange(a.shape[-1]) < (a.shape[-1] + 1) // 3
+        return 3 * a - below * first, 3 * a - below * first + 1e-4 * b + 0.3 * ~first
+
+    return pair
+
+
+def _some_differ(share: float, by: float) -> Callable[[Tensor, Tensor], Pair]:
+    """Alike but for every so many columns, which differ by so much either way."""
+
+    def pair(a: Tensor, b: Tensor) -> Pair:
+        differs = torch.arange(a.shape[-1]) % int(1 / share) == 2
+        return 3 * a, 3 * a + 1e-3 * b + by * b.sign() * differs
+
+    return pair
+
+
+def _leap(height: float) -> Callable[[Tensor, Tensor], Pair]:
+    """One logit far behind the first is above all before it, by what a float's exponent holds or not."""
+
+    def pair(a: Tensor, b: Tensor) -> Pair:
+        there = torch.arange(a.shape[-1]) == a.shape[-1] * 3 // 5
+        return 3 * a + height * there, 3 * a + 0.05 * b + height * there
+
+    return pair
+
+
 def _disjoint(a: Tensor, b: Tensor) -> Pair:
     """Policy and reference put their mass where the other has none, by more than 100 nats."""
     first_half = torch.arange(a.shape[-1]) < (a.shape[-1] + 1) // 2
@@ -133,6 +163,12 @@ REGIMES: dict[str, Callable[[Tensor, Tensor], Pair]] = {
     "outlier_at_largest_small": _outlier_at_largest(0.05),
     "outlier_at_largest_40": _outlier_at_largest(-40.0),
     "outlier_elsewhere": _outlier_elsewhere,
+    "begins_elsewhere": _begins_elsewhere(0.0),
+    "begins_elsewhere_lower": _begins_elsewhere(7.0),
+    "some_differ": _some_differ(0.03, 1.0),
+    "few_differ_much": _some_differ(0.004, 2.0),
+    "leap_20": _leap(20.0),
+    "leap_85": _leap(85.0),
     "ramp_up": _ramp(300.0),
     "ramp_down": _ramp(-300.0),
     "steps": _steps,

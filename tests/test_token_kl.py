@@ -100,6 +100,16 @@ class TestValues:
             for kl in some(generator, ("k3", "full", "full_reverse")):
                 check_token_kl(policy, ref, actions, kl=kl, name=f"{regime} V={vocabulary} {dtype} {kl}")
 
+    @pytest.mark.parametrize("backend", ["native"], indirect=True)
+    @pytest.mark.parametrize("regime", REGIMES)
+    def test_long_rows(self, backend: str, generator: Generator, regime: str) -> None:
+        """Rows of many tiles and two chunks: what the first ones say of the others may be wrong."""
+        for dtype, temperature in ((torch.float32, 1.0), (torch.float32, 1.7), (torch.bfloat16, 0.7)):
+            policy, ref, actions = inputs(generator, regime, 3, 70001, dtype)
+            for kl in ("k1", "full", "full_reverse"):
+                name = f"{regime} {dtype} {kl} T={temperature}"
+                check_token_kl(policy, ref, actions, kl=kl, temperature=temperature, name=name)
+
     @pytest.mark.parametrize(
         "dtypes",
         [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float64, torch.bfloat16)],

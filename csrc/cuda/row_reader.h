@@ -11,7 +11,8 @@
 //   loop    Each thread adds its columns to float sums of its own. Warps do not wait for one another. A warp whose vector
 //           holds a logit above m (which shows in the sum of its weights) takes that for its m; one far above brings its
 //           own centre too, and then the sums so far are parked as a RowState in double.
-//   end     The sums of the threads are added up in double, and become the chunk's state with what was parked.
+//   end     The sums of the threads are added up in double, and become the chunk's state with what was parked. A warp whose
+//           columns turn out to be elsewhere than the centre takes them once more, from the second cache.
 //
 // The states of the chunks are merged in a fixed order, by the lanes of a warp: the same bits whether one block read them
 // all or each another block.
@@ -42,6 +43,8 @@ enum class Reading { alone, pair, pair_reversed };
 constexpr float kLevel = 1;
 // A logit this many powers of two above the largest so far brings its own centre.
 constexpr float kRise = 4;
+// A sum may lose one part in this many of its digits' worth to a centre that turns out to be elsewhere.
+constexpr double kLost = 16;
 // A maximum below all logits: the first that is not -inf rises above it.
 constexpr float kUnseen = -3e38f;
 constexpr float kLog2e = 0x1.715476p+0f;
@@ -194,6 +197,7 @@ struct ReaderMemory {
   Uninitialised<Origin, kWarps + 1> origin;  // of the warps; and what those have in common that have parked nothing
   Uninitialised<RowState<double>, kWarp> chunks;
   Uninitialised<RowState<double>, 1> row;
+  double summed_A[kWarps];  // of what is parked, each part about the centre it had
   float first[kWarps][4], check[kWarps][4];
   float main[kWarps], other[kWarps];  // the warps' maxima
   bool has_parked[kWarps], other_misses[kWarps];
@@ -223,6 +227,15 @@ LSC_COLD double block_total(const ReaderMemory& memory, unsigned which, float ma
   return sum;
 }
 
+// The KL is what is left of A about the weighted mean. Where that is little of what a warp has summed about other centres, it has
+// lost its digits.
+LSC_COLD bool has_lost_digits(ReaderMemory& memory, unsigned warp, bool parked) {
+  if (parked) return memory.summed_A[warp] > kLost * memory.parked[warp].A;
+  const double* total = memory.totals[warp];
+  const double a = total[kA] / total[kS], mean = total[kD] / total[kS];
+  return a > kLost * (a - b_minus_log1p(a - mean));
+}
+
 template <typename T, Reading kReading>
 class RowReader {
  public:
@@ -237,18 +250,27 @@ class RowReader {
   // them, which is its first lane's.
   template <typename Take>
   LSC_DEVICE void read(int64_t begin, int64_t end, const Take& take) {
-#pragma unroll
-    for (int i = 0; i + 1 < kStages<T>; ++i) copy(begin + i * kTile, end, i);
+    begin_copies(begin, end, 0);
     int stage = 0;
+    bool again = false;
     for (int64_t tile = begin; tile < end; tile += kTile) {
       wait_copies<kStages<T> - 2>();
       float x[kColumns], y[kColumns];
       unpack(stage, x, y);
       // into the place of the tile before this one
       copy(tile + (kStages<T> - 1) * kTile, end, (stage + kStages<T> - 1) % kStages<T>);
-      if ((tile - begin) % kChunk == 0) start(x, y, end - tile);
+      if ((tile - begin) % kChunk == 0 && !again) start(x, y, end - tile);
       add(x, y, stage);
-      if ((tile - begin) % kChunk == kChunk - kTile || tile + kTile >= end) finish((tile - begin) / kChunk, take);
+      if ((tile - begin) % kChunk == kChunk - kTile || tile + kTile >= end) {
+        again = takes_again(again);
+        if (again) {
+          tile -= (tile - begin) % kChunk + kTile;
+          wait_copies<0>();
+          begin_copies(tile + kTile, end, stage + 1);
+        } else {
+          finish((tile - begin) / kChunk, take);
+        }
+      }
       stage = (stage + 1) % kStages<T>;
     }
     wait_copies<0>();
@@ -271,6 +293,11 @@ class RowReader {
       if constexpr (kPair) other_.copy(tile, end, staged(1, stage));
     }
     end_batch();
+  }
+  // Of the first tiles from one on, into the stages from one on.
+  LSC_DEVICE void begin_copies(int64_t tile, int64_t end, int stage) const {
+#pragma unroll
+    for (int i = 0; i + 1 < kStages<T>; ++i) copy(tile + i * kTile, end, (stage + i) % kStages<T>);
   }
   LSC_DEVICE void unpack(int stage, float (&x)[kColumns], float (&y)[kColumns]) const {
     main_.unpack(staged(0, stage), x);
@@ -431,11 +458,17 @@ class RowReader {
   }
   LSC_DEVICE void park_made() {
     const unsigned warp = warp_index();
+    RowState<double>& parked = memory_.parked[warp];
+    double summed_A = memory_.totals[warp][kA];
     if (parked_) {
-      merge_apart(&memory_.parked[warp], &memory_.made[warp], memory_.temperature, kReverse);
+      const double before = memory_.summed_A[warp], main_before = parked.main_max;
+      merge_apart(&parked, &memory_.made[warp], memory_.temperature, kReverse);
+      summed_A = scaled(summed_A, std::exp((memory_.made[warp].main_max - parked.main_max) / memory_.temperature)) +
+                 scaled(before, std::exp((main_before - parked.main_max) / memory_.temperature));
     } else {
-      memory_.parked[warp] = memory_.made[warp];
+      parked = memory_.made[warp];
     }
+    memory_.summed_A[warp] = summed_A;
   }
 
   // The warp's sums since its last change of origin, into what it has parked.
@@ -595,15 +628,28 @@ class RowReader {
     if (plain) origin_.set_centre(centre, true, memory_.temperature);
   }
 
-  // Block: the chunk's state from what its threads have summed.
-  template <typename Take>
-  LSC_DEVICE void finish(int64_t chunk, const Take& take) {
-    const bool misses = any_lane(large_sums().other_misses);
-    if (parked_) {
+  // Warp, at the end of a chunk: whether it takes its columns once more, about a better centre. Else its totals are stored, or all
+  // is parked: what it has taken again has a centre of its own.
+  LSC_DEVICE bool takes_again(bool again) {
+    if (parked_ || again) {
       absorb();
     } else {
       store_totals();
     }
+    if (!kPair || again || !has_lost_digits(memory_, warp_index(), parked_)) return false;
+    const double* total = memory_.totals[warp_index()];
+    const double centre = parked_ ? memory_.parked[warp_index()].centre : origin_.exact_centre(t_) + memory_.temperature * total[kD] / total[kS];
+    origin_.set_centre(centre, false, memory_.temperature);
+    sync_warp();
+    parked_ = false;
+    clear_sums();
+    return true;
+  }
+
+  // Block: the chunk's state from what its threads have summed.
+  template <typename Take>
+  LSC_DEVICE void finish(int64_t chunk, const Take& take) {
+    const bool misses = any_lane(large_sums().other_misses);
     if (lane_index() == 0) {
       memory_.has_parked[warp_index()] = parked_, memory_.other_misses[warp_index()] = misses;
       memory_.main[warp_index()] = origin_.main, memory_.other[warp_index()] = origin_.other;

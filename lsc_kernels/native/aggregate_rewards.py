@@ -20,7 +20,7 @@ def forward(
     ignore_missing: bool,
     program: tuple[int, ...] | None,
 ) -> Tensor:
-    result: Tensor = _ops.aggregate_rewards_forward(
+    result: Tensor = _ops.aggregate_rewards_forward.default(
         *(scores, *operand(reference_reward), *operand(scale), *operand(floor)),
         *(None if weights is None else weights.float(), ignore_missing, program),
     )
@@ -40,7 +40,7 @@ def backward(
     want_scale: bool,
     want_weights: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    to_scores, to_reference, to_scale, to_weights = _ops.aggregate_rewards_backward(
+    to_scores, to_reference, to_scale, to_weights = _ops.aggregate_rewards_backward.default(
         *(grad, scores, *operand(reference_reward), *operand(scale), *operand(floor)),
         *(None if weights is None else weights.float(), ignore_missing, program),
         *(want_reference, want_scale, want_weights),

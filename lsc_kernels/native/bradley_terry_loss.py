@@ -23,7 +23,9 @@ def _arguments(
 def forward(
     chosen: Tensor, rejected: Tensor, margin: float | Tensor, center: float, reduction: str
 ) -> Tensor:
-    result: Tensor = _ops.bradley_terry_loss_forward(*_arguments(chosen, rejected, margin, center, reduction))
+    result: Tensor = _ops.bradley_terry_loss_forward.default(
+        *_arguments(chosen, rejected, margin, center, reduction)
+    )
     return result
 
 
@@ -39,7 +41,7 @@ def backward(
     want_margin: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     wants = want_chosen, want_rejected, want_margin
-    to_chosen, to_rejected, to_margin = _ops.bradley_terry_loss_backward(
+    to_chosen, to_rejected, to_margin = _ops.bradley_terry_loss_backward.default(
         grad, *_arguments(chosen, rejected, margin, center, reduction), *wants
     )
     return (

@@ -12,15 +12,15 @@ _ops = torch.ops.lsc_kernels
 
 def forward(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, options: GaeOptions) -> Tensor:
     gamma, lam, holes = options
-    returns: Tensor = _ops.gae_forward(rewards, None, mask, None, cu_seqlens, gamma, lam, HOLES.index(holes))[
-        1
-    ]
+    returns: Tensor = _ops.gae_forward.default(
+        rewards, None, mask, None, cu_seqlens, gamma, lam, HOLES.index(holes)
+    )[1]
     return returns
 
 
 def backward(grad: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, options: GaeOptions) -> Tensor:
     gamma, lam, holes = options
-    to_rewards: Tensor = _ops.gae_backward(
+    to_rewards: Tensor = _ops.gae_backward.default(
         None, grad, mask, cu_seqlens, None, gamma, lam, HOLES.index(holes), False
     )[0]
     return to_rewards

@@ -19,7 +19,7 @@ def forward(
     options: GaeOptions,
 ) -> tuple[Tensor, Tensor]:
     gamma, lam, holes = options
-    advantages, returns = _ops.gae_forward(
+    advantages, returns = _ops.gae_forward.default(
         rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, HOLES.index(holes)
     )
     return advantages, returns
@@ -34,7 +34,7 @@ def backward(
     options: GaeOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     gamma, lam, holes = options
-    to_rewards, to_values, to_bootstrap = _ops.gae_backward(
+    to_rewards, to_values, to_bootstrap = _ops.gae_backward.default(
         to_advantages, to_returns, mask, cu_seqlens, bootstrap, gamma, lam, HOLES.index(holes), True
     )
     return to_rewards, to_values, None if bootstrap is None else to_bootstrap

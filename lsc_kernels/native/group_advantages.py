@@ -15,7 +15,7 @@ def _weights(weights: Tensor | None) -> Tensor | None:
 
 
 def forward(utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions) -> Tensor:
-    advantages: Tensor = _ops.group_advantages_forward(
+    advantages: Tensor = _ops.group_advantages_forward.default(
         utility, *ids_and_size(group), _weights(weights), *options
     )
     return advantages
@@ -24,7 +24,7 @@ def forward(utility: Tensor, group: Tensor | int, weights: Tensor | None, option
 def backward(
     grad: Tensor, utility: Tensor, group: Tensor | int, weights: Tensor | None, options: GroupOptions
 ) -> Tensor:
-    to_utility: Tensor = _ops.group_advantages_backward(
+    to_utility: Tensor = _ops.group_advantages_backward.default(
         grad, utility, *ids_and_size(group), _weights(weights), *options
     )
     return to_utility

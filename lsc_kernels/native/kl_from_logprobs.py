@@ -34,7 +34,7 @@ def forward(
     old_logprobs: Tensor | None,
     options: KLOptions,
 ) -> Tensor:
-    result: Tensor = _ops.kl_from_logprobs_forward(
+    result: Tensor = _ops.kl_from_logprobs_forward.default(
         float32(logprobs), float32(ref_logprobs), mask, float_or_none(old_logprobs), *arguments(options)
     )
     return result
@@ -50,7 +50,7 @@ def backward(
     want_logprobs: bool,
     want_ref: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    to_logprobs, to_ref = _ops.kl_from_logprobs_backward(
+    to_logprobs, to_ref = _ops.kl_from_logprobs_backward.default(
         *(grad, float32(logprobs), float32(ref_logprobs), mask, float_or_none(old_logprobs)),
         *(*arguments(options), want_logprobs, want_ref),
     )

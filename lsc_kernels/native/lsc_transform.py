@@ -20,7 +20,7 @@ def operand(value: float | Tensor) -> tuple[Tensor | None, float]:
 def forward(
     reward: Tensor, reference_reward: float | Tensor, scale: float | Tensor, floor: float | Tensor
 ) -> Tensor:
-    result: Tensor = _ops.lsc_transform_forward(
+    result: Tensor = _ops.lsc_transform_forward.default(
         reward, *operand(reference_reward), *operand(scale), *operand(floor)
     )
     return result
@@ -35,7 +35,7 @@ def backward(
     want_reference: bool,
     want_scale: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    to_reward, to_reference, to_scale = _ops.lsc_transform_backward(
+    to_reward, to_reference, to_scale = _ops.lsc_transform_backward.default(
         *(grad, reward, *operand(reference_reward), *operand(scale), *operand(floor)),
         *(want_reference, want_scale),
     )

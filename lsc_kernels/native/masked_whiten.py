@@ -11,24 +11,24 @@ _ops = torch.ops.lsc_kernels
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    result: Tensor = _ops.masked_whiten_moments(x, mask)
+    result: Tensor = _ops.masked_whiten_moments.default(x, mask)
     return result
 
 
 def forward(x: Tensor, mask: Tensor | None, moments: Tensor, options: WhitenOptions) -> Tensor:
-    result: Tensor = _ops.masked_whiten_forward(x, mask, moments, *options)
+    result: Tensor = _ops.masked_whiten_forward.default(x, mask, moments, *options)
     return result
 
 
 def sums(grad: Tensor, x: Tensor, mask: Tensor | None, moments: Tensor) -> Tensor:
-    result: Tensor = _ops.masked_whiten_sums(grad, x, mask, moments)
+    result: Tensor = _ops.masked_whiten_sums.default(grad, x, mask, moments)
     return result
 
 
 def backward(
     grad: Tensor, x: Tensor, mask: Tensor | None, moments: Tensor, sums: Tensor, options: WhitenOptions
 ) -> Tensor:
-    to_x: Tensor = _ops.masked_whiten_backward(grad, x, mask, moments, sums, *options)
+    to_x: Tensor = _ops.masked_whiten_backward.default(grad, x, mask, moments, sums, *options)
     return to_x
 
 

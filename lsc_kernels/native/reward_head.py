@@ -18,7 +18,7 @@ def forward(
     every: bool,
 ) -> Tensor:
     bias = None if bias is None else bias.float()
-    result: Tensor = _ops.reward_head_forward(
+    result: Tensor = _ops.reward_head_forward.default(
         hidden, weight.float(), bias, attention_mask, index, cu_seqlens, every
     )
     return result
@@ -36,7 +36,7 @@ def backward(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    to_hidden, to_weight, to_bias = _ops.reward_head_backward(
+    to_hidden, to_weight, to_bias = _ops.reward_head_backward.default(
         *(grad, hidden, weight.float(), attention_mask, index, cu_seqlens, every),
         *(want_hidden, want_weight, want_bias),
     )

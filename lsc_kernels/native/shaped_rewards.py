@@ -27,7 +27,7 @@ def forward(
     reward: RewardSide, policy: PolicySide, kl_options: KLOptions, reward_options: RewardOptions
 ) -> Outputs:
     beta, placement, low, high = reward_options
-    rewards, utility, scores, *rest = _ops.shaped_rewards_forward(
+    rewards, utility, scores, *rest = _ops.shaped_rewards_forward.default(
         *reward[:7],
         *(*operand(reward.reference_reward), *operand(reward.scale), *operand(reward.floor)),
         *(float_or_none(reward.weights), reward.ignore_missing, reward.program),

@@ -21,7 +21,7 @@ def forward(
     temperature: float | Tensor,
     options: KLOptions,
 ) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = _ops.token_kl_forward(
+    outputs: tuple[Tensor, ...] = _ops.token_kl_forward.default(
         *(policy_logits, ref_logits, actions, mask, float_or_none(old_logprobs)),
         *split_temperature(temperature),
         *arguments(options),
@@ -45,7 +45,7 @@ def backward(
     want_policy: bool,
     want_ref: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    policy, ref = _ops.token_kl_backward(
+    policy, ref = _ops.token_kl_backward.default(
         *(grad_kl, grad_logprobs, grad_ref_logprobs, grad_entropy),
         *(policy_logits, ref_logits, actions, mask, float_or_none(old_logprobs)),
         *split_temperature(temperature),

@@ -19,7 +19,7 @@ def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float
 def forward(
     logits: Tensor, actions: Tensor, mask: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor, Tensor] = _ops.token_logprobs_forward(
+    outputs: tuple[Tensor, Tensor, Tensor] = _ops.token_logprobs_forward.default(
         logits, actions, mask, *split_temperature(temperature)
     )
     return outputs
@@ -34,7 +34,7 @@ def backward(
     temperature: float | Tensor,
     state: Tensor,
 ) -> Tensor:
-    gradient: Tensor = _ops.token_logprobs_backward(
+    gradient: Tensor = _ops.token_logprobs_backward.default(
         grad_logprobs, grad_entropy, logits, actions, mask, *split_temperature(temperature), state
     )
     return gradient

@@ -22,7 +22,7 @@ def forward(
     options: RewardOptions,
 ) -> Tensor:
     beta, placement, low, high = options
-    result: Tensor = _ops.token_rewards_forward(
+    result: Tensor = _ops.token_rewards_forward.default(
         utility, kl, mask, index, dense, beta, PLACEMENTS.index(placement), low, high
     )
     return result
@@ -41,7 +41,7 @@ def backward(
     want_dense: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     beta, placement, low, high = options
-    to_utility, to_kl, to_dense = _ops.token_rewards_backward(
+    to_utility, to_kl, to_dense = _ops.token_rewards_backward.default(
         *(grad, utility, kl, mask, index, dense, beta, PLACEMENTS.index(placement), low, high),
         *(want_utility, want_kl, want_dense),
     )
