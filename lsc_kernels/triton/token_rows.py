@@ -216,8 +216,8 @@ def finish_row(
         y = at(ref, column, ref_step).to(tl.float64)
         y = tl.where(inside, y, NAN)
         ref_logprob = (y - ref_max) / temperature - ref_log_S
-        # models that nearly agree are told by their difference, others by their log-probabilities; so is a column that one
-        # of them masks with a number before which ref_logprob = logprob - d would be nothing
+        # models that nearly agree are told by their difference, others by their log-probabilities; so is a column
+        # that one of them masks with a number before which ref_logprob = logprob - d would be nothing
         d = (x - y - centre) / temperature + difference
         by_difference = summary.near & (tl.abs(d) < 1e6)
         d = tl.where(by_difference, d, logprob - ref_logprob)
