@@ -127,6 +127,19 @@ def _masked(policy: bool, ref: bool, mask: float) -> Callable[[Tensor, Tensor], 
     return pair
 
 
+def _begins_masked(policy: bool, below: float) -> Callable[[Tensor, Tensor], Pair]:
+    """One model masks the first half with a large finite number, where the other has e^-below of its mass."""
+
+    def pair(a: Tensor, b: Tensor) -> Pair:
+        out = torch.arange(a.shape[-1]) < a.shape[-1] // 2
+        x, y = 3 * a, 3 * a + 1e-3 * b
+        masked, other = (x, y) if policy else (y, x)
+        masked, other = torch.where(out, -1e4, masked), other - below * out
+        return (masked, other) if policy else (other, masked)
+
+    return pair
+
+
 def _sure_of_one(policy: float, ref: float) -> Callable[[Tensor, Tensor], Pair]:
     """Both are sure of the same token, and nearly level on all others."""
     return lambda a, b: (0.02 * a + _at_largest(a, policy), 0.02 * b + _at_largest(a, ref))
@@ -176,6 +189,8 @@ REGIMES: dict[str, Callable[[Tensor, Tensor], Pair]] = {
     "masked_in_both": _masked(True, True, -1e4),
     "masked_in_policy": _masked(True, False, -1e4),
     "masked_in_ref": _masked(False, True, -1e4),
+    "begins_masked_in_policy": _begins_masked(True, 12.0),
+    "begins_masked_in_ref": _begins_masked(False, 12.0),
     "sure_of_one": _sure_of_one(16.5, 16.5),
     "sure_of_one_100": _sure_of_one(113.0, 16.0),
     "sure_of_one_ref_100": _sure_of_one(16.0, 113.0),

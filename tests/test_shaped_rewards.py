@@ -361,6 +361,24 @@ def test_what_the_mask_leaves_out_reaches_nothing(backend: str, generator: Gener
         assert bool(gradient.isfinite().all()) and bool((gradient[out] == 0).all())
 
 
+@pytest.mark.usefixtures("unchecked_actions")
+def test_a_row_whose_action_is_outside_is_nan(backend: str, generator: Generator) -> None:
+    """Nobody waits for a GPU, so nobody raises."""
+    given = inputs(generator, batch=3, length=4) | {"mask": None, "kl": "full"}
+    wrong = given["actions"].clone()
+    wrong[1, 2] = given["policy"].shape[-1]
+    policy = given["policy"].requires_grad_()
+    expected, got = lk.shaped_rewards(**given), lk.shaped_rewards(**(given | {"actions": wrong}))
+    others = torch.ones_like(wrong, dtype=torch.bool)
+    others[1, 2] = False
+    gradients = [torch.autograd.grad(out.rewards.sum(), policy)[0] for out in (got, expected)]
+    for name in ("rewards", "kl", "logprobs", "ref_logprobs", "entropy"):
+        a, b = getattr(got, name), getattr(expected, name)
+        assert a[1, 2].isnan() and torch.equal(a[others], b[others]), name
+    assert gradients[0][1, 2].isnan().all() and torch.equal(gradients[0][others], gradients[1][others])
+    assert torch.equal(got.utility, expected.utility)
+
+
 def test_ignore_index_and_no_mask(backend: str, generator: Generator) -> None:
     arguments = inputs(generator)
     mask = arguments["mask"]

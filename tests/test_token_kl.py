@@ -555,13 +555,50 @@ class TestInfinities:
                 true = getattr(t, name)
                 tolerances.check(name, getattr(got, name), true, tolerances.logprob(true))
 
-    def test_missing_at_the_largest_logit(self, backend: str, generator: Generator) -> None:
-        """The column that carries the policy, the centre of its tile, is impossible in the reference."""
+    @pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_reference_masked_all_over(self, backend: str, generator: Generator, temperature: float) -> None:
+        """With a number beside which the policy's logits are nothing: the reference is uniform."""
+        policy, ref, actions = inputs(generator, "near_1e-1", 2, 5000)
+        for mask in (-1e13, -1e30, torch.finfo(torch.float32).min):
+            for kl in ("k1", "full"):
+                name = f"{mask} {kl}"
+                got = lk.token_kl(policy, torch.full_like(ref, mask), actions, kl=kl, temperature=temperature)
+                t = truth.token_kl(
+                    policy.double(), torch.zeros_like(ref).double(), actions, kl=kl, temperature=temperature
+                )
+                check_values(name, got, t, {"kl": kl})
+
+    @pytest.mark.parametrize("above", [0.0, 100.0, 2000.0])
+    def test_missing_at_the_largest_logit(self, backend: str, generator: Generator, above: float) -> None:
+        """The column that carries a model, the centre of its tile, is impossible in the other."""
         policy, ref, actions = self.rows(generator)
         best = policy.argmax(-1, keepdim=True)
-        check_token_kl(policy, ref.scatter(-1, best, -torch.inf), actions, kl="full")
-        check_token_kl(policy, ref.scatter(-1, best, -torch.inf), actions, kl="k3")
-        check_token_kl(policy.scatter(-1, ref.argmax(-1, keepdim=True), -torch.inf), ref, actions, kl="full")
+        sure, without = (
+            policy.scatter_add(-1, best, torch.full(best.shape, above)),
+            ref.scatter(-1, best, -torch.inf),
+        )
+        for temperature in (1.0, 0.1):
+            for kl in ("k1", "k3", "full"):
+                check_token_kl(
+                    sure, without, actions, kl=kl, temperature=temperature, name=f"{kl} T={temperature}"
+                )
+            for kl in ("full", "full_reverse"):
+                name = f"in the policy {kl} T={temperature}"
+                check_token_kl(without, sure, actions, kl=kl, temperature=temperature, name=name)
+
+    @pytest.mark.parametrize("above", [0.0, 100.0, 500.0])
+    @pytest.mark.parametrize("level", [0.0, -500.0])
+    def test_first_half_missing(self, backend: str, generator: Generator, above: float, level: float) -> None:
+        """Tiles that one model excludes say nothing of how it lies beside the other, which has its largest there."""
+        policy, ref, actions = self.rows(generator, 9000)
+        first_half = torch.arange(9000) < 4500
+        sure = policy.index_add(-1, torch.tensor([3]), torch.full((len(policy), 1), above + 20))
+        without = (ref + level).masked_fill(first_half, -torch.inf)
+        for kl in ("k1", "full"):
+            check_token_kl(sure, without, actions, kl=kl, name=kl)
+            check_token_kl(without, sure, actions, kl=kl, name=f"in the policy {kl}")
+        check_token_kl(without, sure, actions, kl="full_reverse", name="in the policy full_reverse")
 
     def test_tiny_probability_where_the_reference_has_none(self, backend: str) -> None:
         """p > 0, if only 1e-35 of the largest: +inf, as in exact arithmetic."""
@@ -629,6 +666,31 @@ class TestInfinities:
                 == [False, True, False]
             )
             assert bool(got.ref_logprobs.isfinite().all())
+
+
+@pytest.mark.usefixtures("unchecked_actions")
+class TestActionsOutside:
+    """Nobody waits for a GPU, so nobody raises."""
+
+    @pytest.mark.parametrize("kl", KINDS)
+    @pytest.mark.parametrize("vocabulary", [1, 100])
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+    def test_their_rows_are_nan(
+        self, backend: str, generator: Generator, kl: str, vocabulary: int, dtype: torch.dtype
+    ) -> None:
+        policy, ref = logit_pair(generator, "near_1e-1", (8, vocabulary))
+        leaves = policy.requires_grad_(), ref.requires_grad_()
+        actions = torch.tensor([0, vocabulary, -1, -101, 2**31 - 1, -100, -1, 0], dtype=dtype)
+        mask = torch.tensor([1, 1, 1, 1, 1, 1, 0, 1])
+        outside = torch.tensor([0, 1, 1, 1, 1, 0, 0, 0]).bool()
+        expected = lk.token_kl(*leaves, actions.masked_fill(outside, -100), kl=kl, mask=mask)
+        out = lk.token_kl(*leaves, actions, kl=kl, mask=mask)
+        for name, output, without in zip(out._fields, out, expected, strict=True):
+            gradients = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
+            others = torch.autograd.grad(without.sum(), leaves, retain_graph=True)
+            for got, want in zip((output, *gradients), (without, *others), strict=True):
+                assert got[outside].isnan().all(), name
+                assert torch.equal(got[~outside], want[~outside]), name
 
 
 class TestLayouts:

@@ -129,6 +129,17 @@ def test_a_bad_row_is_nan_alone(backend: str, generator: Generator) -> None:
             assert a[2].isnan() and torch.equal(a[others], b[others])
 
 
+@pytest.mark.usefixtures("unchecked_actions")
+def test_a_row_whose_action_is_outside_is_nan(backend: str, generator: Generator) -> None:
+    """Nobody waits for a GPU, so nobody raises."""
+    logits, _ = inputs(generator, "independent", (4, 100))
+    logits.requires_grad_()
+    for output in lk.token_logprobs(logits, torch.tensor([3, 100, -1, -100])):
+        (gradient,) = torch.autograd.grad(output.sum(), logits, retain_graph=True)
+        for each in (output, gradient):
+            assert each[0].isfinite().all() and each[1:3].isnan().all() and (each[3] == 0).all()
+
+
 def test_columns_at_minus_infinity_count_for_nothing(backend: str, generator: Generator) -> None:
     for vocabulary in (9, 5000):
         logits, _ = inputs(generator, "independent", (6, vocabulary))

@@ -42,7 +42,7 @@ struct KLArguments {
 // kMeanLogit is the mean of (x - m)/T under pi, kOffset is L - KL(pi || ref) or L + KL(ref || pi): differences that
 // would cancel if they were taken from saved floats.
 enum Saved {
-  kMax, kInverseS, kMeanLogit, kRefMax, kRefLogS, kL, kOffset, kDivergence, kCentre, kCentreLow,
+  kScale, kInverseS, kMeanLogit, kRefScale, kRefLogS, kL, kOffset, kDivergence, kCentre, kCentreLow,
   kLogRatio, kLogRatioLow, kLogprob, kLogprobLow, kSaved  // two floats each
 };
 

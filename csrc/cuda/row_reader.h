@@ -140,7 +140,7 @@ LSC_COLD void make_state(RowState<double>* made, const double* total, const Orig
   const Temperature t(temperature);
   RowState<double> out;
   const double T = temperature, to_nats = 1 / (double(t.k) * T);
-  out.main_max = origin.main;
+  out.main_scale = origin.main;
   out.S = total[kS] + total[kW];
   if constexpr (kReading == Reading::alone) {
     out.H = total[kH] * to_nats;
@@ -150,21 +150,17 @@ LSC_COLD void make_state(RowState<double>* made, const double* total, const Orig
   const double S = total[kS], D = total[kD], A = total[kA], W = total[kW], WD = total[kWD], V = total[kV];
   const double other = origin.other;
   out.centre = origin.exact_centre(t);
-  if (out.S == 0) out.main_max = other + out.centre;  // every main logit is -inf: any scale serves
+  if (out.S == 0) out.main_scale = other + out.centre;  // every main logit is -inf: any scale serves
   // the small lanes' share of the other model's sum is about `from_small`, the others' about `other`
-  const double small = S + A - D, from_small = out.main_max - out.centre;
+  const double small = S + A - D, from_small = out.main_scale - out.centre;
   const double large = scaled(V, std::exp((other - from_small) / T)) - W;  // sum w expm1(-delta) of the large lanes
   out.D = D + WD, out.A = A + (large + WD), out.B = (A - D) + large;
   double H = total[kH] * to_nats;
-  if (V == 0) {
-    out.other_max = from_small, out.other_S = small;
-  } else {
-    out.other_max = from_small > other ? from_small : other;
-    const double small_shift = (from_small - out.other_max) / T, large_shift = (other - out.other_max) / T;
-    out.other_S = scaled(small, std::exp(small_shift)) + scaled(V, std::exp(large_shift));
-    if (kReading == Reading::pair_reversed) {
-      H = rescaled_entropy_sum(H, small, small_shift) + rescaled_entropy_sum(total[kVH] * to_nats, V, large_shift);
-    }
+  out.other_scale = common_scale(from_small, small, other, V);
+  const double small_shift = (from_small - out.other_scale) / T, large_shift = (other - out.other_scale) / T;
+  out.other_S = scaled(small, std::exp(small_shift)) + scaled(V, std::exp(large_shift));
+  if (kReading == Reading::pair_reversed) {
+    H = rescaled_entropy_sum(H, small, small_shift) + rescaled_entropy_sum(total[kVH] * to_nats, V, large_shift);
   }
   out.H = H;
   out.other_misses = other_misses;
@@ -377,7 +373,7 @@ class RowReader {
       const float u = from_other(y[i], origin_.other);
       o.v[i] = !kPair || fabsf(s.delta[i]) < kSmallLogRatio ? 0.0f : exp2_fast(u);
       if constexpr (kReverse) o.vh = fma(o.v[i], u, o.vh);
-      if constexpr (kPair) o.misses = o.misses || (y[i] == -INFINITY && x[i] > -INFINITY);
+      if constexpr (kPair) o.misses = o.misses || (y[i] == -INFINITY && x[i] > -INFINITY) || (s.delta[i] == INFINITY && s.w[i] > 0);
     }
     return o;
   }
@@ -461,10 +457,10 @@ class RowReader {
     RowState<double>& parked = memory_.parked[warp];
     double summed_A = memory_.totals[warp][kA];
     if (parked_) {
-      const double before = memory_.summed_A[warp], main_before = parked.main_max;
+      const double before = memory_.summed_A[warp], main_before = parked.main_scale;
       merge_apart(&parked, &memory_.made[warp], memory_.temperature, kReverse);
-      summed_A = scaled(summed_A, std::exp((memory_.made[warp].main_max - parked.main_max) / memory_.temperature)) +
-                 scaled(before, std::exp((main_before - parked.main_max) / memory_.temperature));
+      summed_A = scaled(summed_A, std::exp((memory_.made[warp].main_scale - parked.main_scale) / memory_.temperature)) +
+                 scaled(before, std::exp((main_before - parked.main_scale) / memory_.temperature));
     } else {
       parked = memory_.made[warp];
     }
@@ -495,8 +491,8 @@ class RowReader {
         int holder = 0;
         while (!(holders >> holder & 1)) ++holder;
         const float difference = main_max - shuffle(beside(x, y, own), holder);
-        const float centre = fabsf(difference) < INFINITY ? difference : 0.0f;
-        move_origin(main_max, other_max > -INFINITY && other_max < INFINITY ? other_max : main_max - centre, centre, stage);
+        const float other = other_rises ? other_max : origin_.other;
+        move_origin(main_max, other, centre_between(difference, main_max, other), stage);
         return true;
       }
       lower_main<kReading>(sums_, large_sums(), -rise);
@@ -507,6 +503,16 @@ class RowReader {
       origin_.other = other_max;
     }
     return false;
+  }
+
+  // The difference at the largest logit; the maxima's where the other model excludes that one or masks it. Where nothing is known of
+  // the other model, a centre about which no column is small: one with weight in it may have none in the main one, from which it
+  // would follow.
+  static LSC_DEVICE float centre_between(float difference, float main_max, float other_max) {
+    constexpr float largest = float(kLargestCentre);
+    if (fabsf(difference) < largest) return difference;
+    if (!(main_max > -INFINITY && main_max < INFINITY)) return 0;
+    return other_max > kUnseen ? main_max - other_max : -largest;
   }
 
   // Parks the sums so far, and the vector's own state about its largest logit, or about its mean if that suits it better.
@@ -539,8 +545,8 @@ class RowReader {
 
   LSC_DEVICE void origin_from_parked() {
     const RowState<double>& parked = memory_.parked[warp_index()];
-    origin_.main = float(parked.main_max);
-    origin_.other = parked.other_S > 0 ? float(parked.other_max) : kUnseen;
+    origin_.main = float(parked.main_scale);
+    origin_.other = parked.other_S > 0 ? float(parked.other_scale) : kUnseen;
     const double spread = memory_.temperature * std::sqrt(2 * parked.A / parked.S);
     origin_.set_centre(parked.centre, std::fabs(parked.centre) <= fmin(spread, double(memory_.spread[warp_index()])), memory_.temperature);
   }
@@ -574,8 +580,7 @@ class RowReader {
     if (main_max > -INFINITY && main_max < INFINITY) origin_.main = main_max;
     if constexpr (kPair) {
       if (other_max > -INFINITY && other_max < INFINITY) origin_.other = other_max;
-      const float difference = main_max - other;
-      choose_centre(x, y, fabsf(difference) < INFINITY ? difference : 0.0f, columns < kTile ? columns : kTile);
+      choose_centre(x, y, centre_between(main_max - other, main_max, origin_.other), columns < kTile ? columns : kTile);
     }
   }
 

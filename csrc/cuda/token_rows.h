@@ -88,9 +88,9 @@ class ChunkStates {
   bool reverse_;
 };
 
-// What backward reads of a maximum is a float; the other model's may be m - c.
-LSC_COLD void round_maximum(RowState<double>& row, double temperature, bool reverse) {
-  if (row.other_S > 0) rescale_other<double>(row, float(row.other_max), temperature, reverse);
+// What backward reads of a scale is a float; the other model's may be m - c.
+LSC_COLD void round_scale(RowState<double>& row, double temperature, bool reverse) {
+  if (row.other_S > 0) rescale_other<double>(row, float(row.other_scale), temperature, reverse);
 }
 
 // One model's row read by itself, whatever its dtype; by the whole block.
@@ -167,7 +167,7 @@ LSC_DEVICE bool token_row(ReaderMemory& memory, const TokenForward& a, int64_t r
 
   PairRow pair{};
   if (thread_index() == 0) {
-    round_maximum(memory.row[0], temperature, kReverse);
+    round_scale(memory.row[0], temperature, kReverse);
     pair = pair_of_row(memory.row[0], temperature, kReverse);
     memory.undefined = kPair && std::isnan(pair.L);
   }
@@ -201,7 +201,7 @@ LSC_KERNEL(kThreads, kBlocksAtOnce<T>) token_forward(LSC_ARGUMENT TokenForward a
 
 // The coefficients of a row's columns, in the units that the loop works in.
 struct ColumnCoefficients {
-  float k, inverse, main, other;  // log2(e)/T, 1/T, both maxima
+  float k, inverse, main, other;  // log2(e)/T, 1/T, both scales
   float inverse_S, inverse_ref_S;
   float centre, centre_low, L, small_limit;
   float p0, p_logit, p_delta, p_minus_q, q0, q_delta, q_minus_p;
@@ -215,7 +215,7 @@ LSC_COLD void column_coefficients(const TokenBackward& a, int64_t row, float x, 
   const float* saved = a.grads.saved + row * kSaved;
   const Coefficients c = coefficients(a.rows, row, a.options(), a.grads);
   out.k = float(1.4426950408889634074 / T), out.inverse = float(1 / T);
-  out.main = saved[kMax], out.other = saved[kRefMax];
+  out.main = saved[kScale], out.other = saved[kRefScale];
   out.inverse_S = saved[kInverseS];
   out.inverse_ref_S = std::exp(-saved[kRefLogS]);
   const double centre = saved_double(saved + kCentre);

@@ -10,7 +10,10 @@
 //     main, weights w = e^((x - m)/T)                        S = sum w,  D = sum w delta,  B = sum w expm1(-delta),
 //                                                            A = sum w (expm1(-delta) + delta)
 //     other, weights v = e^((y - m')/T)                      S' = sum v
-//     H = sum of weight times (logit - maximum)/T, of the policy
+//     H = sum of weight times (logit - scale)/T, of the policy
+//
+// m and m' are scales near the largest logits, or near the log-sums. S + B = e^((c - m + m')/T) S', so either follows from the
+// other.
 //
 // KL(main || other) is what comes out; the main model is the policy, or the reference for the reverse divergence.
 //
@@ -21,6 +24,7 @@
 #include <cmath>
 
 #include "math/fn.h"
+#include "math/log_ratio.h"
 
 namespace lsc {
 namespace LSC_ISA {
@@ -33,15 +37,22 @@ LSC_FN inline Real scaled(Real value, Real factor) {
 
 template <typename Real>
 struct RowState {
-  // The maxima are finite, also where S or S' is 0 because every logit so far was -inf: then they are only a scale.
-  Real main_max = 0, S = 0, D = 0, A = 0, B = 0;
-  Real other_max = 0, other_S = 0;
+  // The scales m and m'. Finite, also where S or S' is 0 because every logit so far was -inf.
+  Real main_scale = 0, S = 0, D = 0, A = 0, B = 0;
+  Real other_scale = 0, other_S = 0;
   Real H = 0;
   Real centre = 0;            // c, in units of the raw logits
   bool other_misses = false;  // y = -inf somewhere where x is finite
 };
 
-// sum e^(l - from) (l - from) brought to another maximum
+// (m - m' - c)/T: main weights about c are e^of that as large about the other scale. Exact also where a model is masked with a
+// number so large that m - m' rounds the other logit away.
+template <typename Real>
+LSC_FN inline Real scale_distance(Real main_scale, Real other_scale, Real centre, Real temperature) {
+  return centred_difference(main_scale, other_scale, centre, Real(0)) / temperature;
+}
+
+// sum e^(l - from) (l - from) brought to another scale
 template <typename Real>
 LSC_FN inline Real rescaled_entropy_sum(Real H, Real S, Real shift) {
   return scaled(H + scaled(S, shift), std::exp(shift));
@@ -49,19 +60,19 @@ LSC_FN inline Real rescaled_entropy_sum(Real H, Real S, Real shift) {
 
 template <typename Real>
 LSC_FN inline void rescale_main(RowState<Real>& row, Real to, Real temperature, bool is_policy) {
-  const Real shift = (row.main_max - to) / temperature, factor = std::exp(shift);
+  const Real shift = (row.main_scale - to) / temperature, factor = std::exp(shift);
   if (is_policy) row.H = rescaled_entropy_sum(row.H, row.S, shift);
   row.S = scaled(row.S, factor), row.D = scaled(row.D, factor);
   row.A = scaled(row.A, factor), row.B = scaled(row.B, factor);
-  row.main_max = to;
+  row.main_scale = to;
 }
 
 template <typename Real>
 LSC_FN inline void rescale_other(RowState<Real>& row, Real to, Real temperature, bool is_policy) {
-  const Real shift = (row.other_max - to) / temperature;
+  const Real shift = (row.other_scale - to) / temperature;
   if (is_policy) row.H = rescaled_entropy_sum(row.H, row.other_S, shift);
   row.other_S = scaled(row.other_S, std::exp(shift));
-  row.other_max = to;
+  row.other_scale = to;
 }
 
 template <typename Real>
@@ -74,7 +85,13 @@ LSC_FN inline void recentre(RowState<Real>& row, Real to, Real temperature) {
   row.B = scaled(row.B, power) + scaled(row.S, e);
   row.D -= scaled(row.S, g);
   row.centre = to;
+  // A part without weight beside another, or with -inf alone: what the other model has there is all of A and B.
+  if (row.S == 0) row.A = row.B = scaled(row.other_S, std::exp(-scale_distance(row.main_scale, row.other_scale, to, temperature)));
 }
+
+// A larger log ratio is no centre: about that of a column which one model excludes, or masks with a number as large, others'
+// would be infinite.
+constexpr double kLargestCentre = 1e30;
 
 // Nats by which a centre may move to a weighted mean. Where the mean is farther, a column that the other model nearly
 // excludes has dragged it away from all others.
@@ -89,7 +106,7 @@ LSC_FN inline Real common_centre(const RowState<Real>& a, const RowState<Real>& 
 }
 
 template <typename Real>
-LSC_FN inline Real common_max(Real a, Real S_a, Real b, Real S_b) {
+LSC_FN inline Real common_scale(Real a, Real S_a, Real b, Real S_b) {
   if (S_a == 0) return b;
   if (S_b == 0) return a;
   return a > b ? a : b;
@@ -97,10 +114,10 @@ LSC_FN inline Real common_max(Real a, Real S_a, Real b, Real S_b) {
 
 template <typename Real>
 LSC_FN inline void bring_to_common_scales(RowState<Real>& a, RowState<Real>& b, Real temperature, bool reverse) {
-  const Real main_max = common_max(a.main_max, a.S, b.main_max, b.S);
-  const Real other_max = common_max(a.other_max, a.other_S, b.other_max, b.other_S);
-  rescale_main(a, main_max, temperature, !reverse), rescale_main(b, main_max, temperature, !reverse);
-  rescale_other(a, other_max, temperature, reverse), rescale_other(b, other_max, temperature, reverse);
+  const Real main_scale = common_scale(a.main_scale, a.S, b.main_scale, b.S);
+  const Real other_scale = common_scale(a.other_scale, a.other_S, b.other_scale, b.other_S);
+  rescale_main(a, main_scale, temperature, !reverse), rescale_main(b, main_scale, temperature, !reverse);
+  rescale_other(a, other_scale, temperature, reverse), rescale_other(b, other_scale, temperature, reverse);
 }
 
 // Of the same scales and centre.
@@ -148,7 +165,7 @@ LSC_FN inline RowSummary<Real> summarise(const RowState<Real>& row, Real tempera
   // a row that is all -inf is no distribution
   out.log_S = row.S > 0 ? std::log(row.S) : Real(NAN);
   out.log_other_S = row.other_S > 0 ? std::log(row.other_S) : Real(NAN);
-  const Real direct = out.log_other_S - out.log_S - ((row.main_max - row.other_max) - row.centre) / temperature;
+  const Real direct = out.log_other_S - out.log_S - scale_distance(row.main_scale, row.other_scale, row.centre, temperature);
   const Real b = row.B / row.S, L = std::log1p(b);
   out.near = std::fabs(b) < Real(0.5) && row.A < Real(0.5) * row.S && std::fabs(L - direct) < Real(1e-4);
   out.L = out.near ? L : direct;

@@ -54,15 +54,15 @@ LSC_FN inline float logit_at(const Rows& rows, int64_t row, int64_t column) {
   return with_type(rows.dtype, [&](auto type) { return to_float(row_pointer<decltype(type)>(rows, row)[column]); });
 }
 
-// One model's part of a row: its maximum, log-sum and, where asked for, its entropy sum.
+// One model's part of a row: its scale, log-sum and, where asked for, its entropy sum.
 struct ModelRow {
-  double max, S, log_S, H;
+  double scale, S, log_S, H;
 
-  LSC_FN double logprob(float logit, double temperature) const { return (logit - max) / temperature - log_S; }
+  LSC_FN double logprob(float logit, double temperature) const { return (logit - scale) / temperature - log_S; }
 };
 
 LSC_FN inline ModelRow model_row(const RowState<double>& state) {
-  return {state.main_max, state.S, state.S > 0 ? std::log(state.S) : double(NAN), state.H};
+  return {state.main_scale, state.S, state.S > 0 ? std::log(state.S) : double(NAN), state.H};
 }
 
 // A row of the two models as policy and reference, whichever of them was the main one.
@@ -74,8 +74,8 @@ struct PairRow {
 
 LSC_FN inline PairRow pair_row(const RowState<double>& state, double temperature, bool reverse) {
   const RowSummary<double> summary = summarise(state, temperature);
-  const ModelRow main{state.main_max, state.S, summary.log_S, state.H};
-  const ModelRow other{state.other_max, state.other_S, summary.log_other_S, state.H};
+  const ModelRow main{state.main_scale, state.S, summary.log_S, state.H};
+  const ModelRow other{state.other_scale, state.other_S, summary.log_other_S, state.H};
   if (reverse) return {other, main, -state.centre, -summary.L, summary.kl, summary.near};
   return {main, other, state.centre, summary.L, summary.kl, summary.near};
 }
@@ -107,7 +107,7 @@ LSC_FN inline void write_row(
     const double ref_logprob = pair.ref.logprob(y, temperature);
     // models that nearly agree are told by their difference, others by their log-probabilities; so is a column that one of
     // them masks with a number before which ref_logprob = logprob - d would be nothing
-    d = (double(x) - y - pair.centre) / temperature + pair.L;
+    d = centred_difference<double>(x, y, pair.centre, 0) / temperature + pair.L;
     const bool by_difference = pair.near && std::fabs(d) < 1e6;
     if (!by_difference) d = logprob - ref_logprob;
     // equal logits agree exactly, -inf included; and one column leaves nothing to differ
@@ -123,12 +123,12 @@ LSC_FN inline void write_row(
   if (!out.saved) return;
   float* saved = out.saved + row * kSaved;
   for (int i = 0; i < kSaved; ++i) saved[i] = 0;
-  saved[kMax] = float(pair.policy.max);
+  saved[kScale] = float(pair.policy.scale);
   saved[kInverseS] = float(1 / pair.policy.S);
   saved[kMeanLogit] = float(pair.policy.H / pair.policy.S);
   save_double(logprob, saved + kLogprob);
   if (!kl) return;
-  saved[kRefMax] = float(pair.ref.max);
+  saved[kRefScale] = float(pair.ref.scale);
   saved[kRefLogS] = float(pair.ref.log_S);
   save_double(pair.centre, saved + kCentre);
   saved[kL] = float(pair.L);
@@ -184,14 +184,14 @@ struct ColumnGradient {
 
 // The gradient at the action's column. 1 - p = -expm1(log p) keeps what is left where p is nearly 1.
 LSC_FN inline ColumnGradient action_gradient(float x, float y, bool with_ref, const float* saved, const Coefficients& c, double temperature) {
-  const double logit = (x - double(saved[kMax])) / temperature;
+  const double logit = (x - double(saved[kScale])) / temperature;
   const double logprob = saved_double(saved + kLogprob), p = std::exp(logprob);
   ColumnGradient out{scaled(c.policy_action, -std::expm1(logprob)) + scaled(p, c.p0 + c.policy_action + scaled(c.p_logit, logit)), 0};
   if (!with_ref) return out;
   const double d = saved_double(saved + kLogRatio);
-  const double raw = (double(x) - y - saved_double(saved + kCentre)) / temperature;
+  const double raw = centred_difference<double>(x, y, saved_double(saved + kCentre), 0) / temperature;
   const double delta = std::isfinite(raw) ? raw : 0;
-  const double ref_logprob = (y - double(saved[kRefMax])) / temperature - saved[kRefLogS];
+  const double ref_logprob = (y - double(saved[kRefScale])) / temperature - saved[kRefLogS];
   const double q = std::exp(ref_logprob);
   const double difference = std::fabs(d) < double(kSmallLogRatio) ? -p * std::expm1(-d) : p - q;
   out.policy += scaled(p, scaled(c.p_delta, delta)) + scaled(difference, c.p_minus_q);

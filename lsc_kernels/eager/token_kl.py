@@ -59,8 +59,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (kl, logprobs, ref_logprobs, entropy, state). The state is the reference's log-probabilities in fp64; the
     rest is computed again in backward."""
-    kept = token_logprobs.counted(actions, mask)
-    token_logprobs.check_actions(actions, policy_logits.shape[-1], kept)
+    kept, vocabulary = token_logprobs.counted(actions, mask), policy_logits.shape[-1]
+    token_logprobs.check_actions(actions, vocabulary, kept)
     log_p, log_q = log_softmax(policy_logits, temperature), log_softmax(ref_logits, temperature)
     logprobs, ref_logprobs = (
         token_logprobs.at_action(log_p, actions),
@@ -69,7 +69,10 @@ def forward(
     log_weight = None if old_logprobs is None else logprobs - old_logprobs.double()
     kl, _, _, _ = _kl(log_p, log_q, difference(logprobs, ref_logprobs), log_weight, options)
     entropy = token_logprobs.row_sum(token_logprobs.minus_p_log_p(log_p))
-    outputs = [torch.where(kept, output, 0.0) for output in (kl, logprobs, ref_logprobs, entropy)]
+    outputs = [
+        token_logprobs.of_rows(output, actions, vocabulary, kept)
+        for output in (kl, logprobs, ref_logprobs, entropy)
+    ]
     if torch.float64 not in (policy_logits.dtype, ref_logits.dtype):
         outputs = [output.float() for output in outputs]
     return outputs[0], outputs[1], outputs[2], outputs[3], ref_logprobs
@@ -105,14 +108,14 @@ def backward(
     k(d_a)            k'(d_a) (1[v = a] - p_v)               -k'(d_a) (1[v = a] - q_v)
     ================  =====================================  ==========================
     """
-    kept = token_logprobs.counted(actions, mask)
+    kept, vocabulary = token_logprobs.counted(actions, mask), policy_logits.shape[-1]
     log_p = log_softmax(policy_logits, temperature)
     p = log_p.exp()
     log_q, q = log_p, p  # where the reference is not read
     if want_ref or options.kind.startswith("full"):
         log_q = log_softmax(ref_logits, temperature)
         q = log_q.exp()
-    index = actions.long().clamp(0, p.shape[-1] - 1).unsqueeze(-1)
+    index = actions.long().clamp(0, vocabulary - 1).unsqueeze(-1)
     one_hot = torch.zeros_like(p).scatter_(-1, index, 1.0)
     logprobs, ref_logprobs = token_logprobs.at_action(log_p, actions), state
     log_weight = None if old_logprobs is None else logprobs - old_logprobs.double()
@@ -143,14 +146,16 @@ def backward(
             grad = grad + to_divergence * _by_first(log_p, log_q)
         elif options.kind == "full_reverse":
             grad = grad + to_divergence * (p - q)
-        grad_policy = torch.where(kept.unsqueeze(-1), grad / divisor, 0.0).to(policy_logits.dtype)
+        grad_policy = token_logprobs.of_rows(grad / divisor, actions, vocabulary, kept).to(
+            policy_logits.dtype
+        )
     if want_ref:
         grad = to_ref_logprobs.unsqueeze(-1) * (one_hot - q)
         if options.kind == "full":
             grad = grad + to_divergence * (q - p)
         elif options.kind == "full_reverse":
             grad = grad + to_divergence * _by_first(log_q, log_p)
-        grad_ref = torch.where(kept.unsqueeze(-1), grad / divisor, 0.0).to(ref_logits.dtype)
+        grad_ref = token_logprobs.of_rows(grad / divisor, actions, vocabulary, kept).to(ref_logits.dtype)
     return grad_policy, grad_ref
 
 

@@ -24,11 +24,15 @@ def counted(actions: Tensor, mask: Tensor | None) -> Tensor:
     return kept if mask is None else kept & mask
 
 
+def in_vocabulary(actions: Tensor, vocabulary: int) -> Tensor:
+    return (actions >= 0) & (actions < vocabulary)
+
+
 def check_actions(actions: Tensor, vocabulary: int, kept: Tensor) -> None:
     """Raise IndexError for a counted action outside [0, V). On a GPU the row becomes NaN instead: no host wait."""
     if actions.device.type != "cpu" or torch.compiler.is_compiling() or actions.numel() == 0:
         return
-    wrong = kept & ((actions < 0) | (actions >= vocabulary))
+    wrong = kept & ~in_vocabulary(actions, vocabulary)
     if wrong.any():
         action = actions[wrong].flatten()[0].item()
         raise IndexError(
@@ -36,13 +40,18 @@ def check_actions(actions: Tensor, vocabulary: int, kept: Tensor) -> None:
         )
 
 
+def of_rows(values: Tensor, actions: Tensor, vocabulary: int, kept: Tensor) -> Tensor:
+    """[...] or [..., V]: 0 in rows that are left out, NaN in others whose action is outside the vocabulary."""
+    inside = in_vocabulary(actions, vocabulary)
+    if values.dim() > kept.dim():
+        inside, kept = inside.unsqueeze(-1), kept.unsqueeze(-1)
+    return torch.where(kept & inside, values, torch.where(kept, torch.nan, 0.0))
+
+
 def at_action(log_probabilities: Tensor, actions: Tensor) -> Tensor:
-    """log p(a); NaN where the action is outside the vocabulary."""
-    vocabulary = log_probabilities.shape[-1]
-    index = actions.long()
-    inside = (index >= 0) & (index < vocabulary)
-    picked = log_probabilities.gather(-1, index.clamp(0, vocabulary - 1).unsqueeze(-1)).squeeze(-1)
-    return torch.where(inside, picked, torch.nan)
+    """log p(a), of some token where the action is outside the vocabulary."""
+    index = actions.long().clamp(0, log_probabilities.shape[-1] - 1)
+    return log_probabilities.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
 def row_sum(terms: Tensor) -> Tensor:
@@ -66,10 +75,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (logprobs, entropy, state); eager recomputes in backward, so its state is empty."""
     kept = counted(actions, mask)
-    check_actions(actions, logits.shape[-1], kept)
+    vocabulary = logits.shape[-1]
+    check_actions(actions, vocabulary, kept)
     log_p = log_softmax(logits, temperature)
-    logprobs = torch.where(kept, at_action(log_p, actions), 0.0)
-    entropy = torch.where(kept, row_sum(minus_p_log_p(log_p)), 0.0)
+    logprobs = of_rows(at_action(log_p, actions), actions, vocabulary, kept)
+    entropy = of_rows(row_sum(minus_p_log_p(log_p)), actions, vocabulary, kept)
     if logits.dtype is not torch.float64:
         logprobs, entropy = logprobs.float(), entropy.float()
     return logprobs, entropy, logprobs.new_empty(0)
@@ -98,4 +108,4 @@ def backward(
         terms = minus_p_log_p(log_p)
         grad = grad + grad_entropy.double().unsqueeze(-1) * (terms - p * row_sum(terms).unsqueeze(-1))
     grad = grad / (temperature.double().unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
-    return torch.where(kept.unsqueeze(-1), grad, 0.0).to(logits.dtype)
+    return of_rows(grad, actions, logits.shape[-1], kept).to(logits.dtype)

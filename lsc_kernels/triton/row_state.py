@@ -33,6 +33,7 @@ CHUNK = tl.constexpr(32768)
 
 JUMP = tl.constexpr(2.0)
 FARTHEST_MEAN = tl.constexpr(16.0)
+LARGEST_CENTRE = tl.constexpr(1e30)
 SMALL_LOG_RATIO = tl.constexpr(0.7)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
@@ -40,14 +41,14 @@ NAN = tl.constexpr(float("nan"))
 
 
 class RowState(NamedTuple):
-    """fp64 scalars; the maxima are finite, also where S or S' is 0 because every logit so far was -inf."""
+    """fp64 scalars. The scales are finite also where S or S' is 0: every logit so far was -inf."""
 
-    main_max: tl.tensor
+    main_scale: tl.tensor
     S: tl.tensor
     D: tl.tensor
     A: tl.tensor
     B: tl.tensor
-    other_max: tl.tensor
+    other_scale: tl.tensor
     other_S: tl.tensor
     H: tl.tensor
     centre: tl.tensor
@@ -86,32 +87,38 @@ def scaled(value, factor):
 def empty_state():
     zero = tl.full((), 0.0, tl.float64)
     return RowState(
-        main_max=zero, S=zero, D=zero, A=zero, B=zero, other_max=zero, other_S=zero, H=zero, centre=zero,
+        main_scale=zero, S=zero, D=zero, A=zero, B=zero, other_scale=zero, other_S=zero, H=zero, centre=zero,
         other_misses=zero,
     )  # fmt: skip
 
 
 @triton.jit
-def _common_max(a, S_a, b, S_b):
+def _common_scale(a, S_a, b, S_b):
     return tl.where(S_a == 0, b, tl.where(S_b == 0, a, tl.maximum(a, b)))
 
 
 @triton.jit
 def _entropy_sum(H, S, shift):
-    """sum e^(l - from) (l - from) brought to another maximum."""
+    """sum e^(l - from) (l - from) brought to another scale."""
     return scaled(H + scaled(S, shift), tl.exp(shift))
 
 
 @triton.jit
-def _moved(row, main_max, other_max, centre, temperature, PAIR: tl.constexpr, REVERSE: tl.constexpr):
-    """The same part of a row about other maxima and another centre."""
+def scale_distance(main_scale, other_scale, centre):
+    """m - m' - c, exact also where a model is masked with a number so large that m - m' rounds the other logit away."""
+    return centred_difference(main_scale, other_scale, centre, 0.0)
+
+
+@triton.jit
+def _moved(row, main_scale, other_scale, centre, temperature, PAIR: tl.constexpr, REVERSE: tl.constexpr):
+    """The same part of a row about other scales and another centre."""
     inverse = 1.0 / temperature
-    shift = (row.main_max - main_max) * inverse
+    shift = (row.main_scale - main_scale) * inverse
     factor = tl.exp(shift)
     S = scaled(row.S, factor)
     D, A, B, other_S, H = row.D, row.A, row.B, row.other_S, row.H
     if PAIR:
-        other_shift = (row.other_max - other_max) * inverse
+        other_shift = (row.other_scale - other_scale) * inverse
         other_S = scaled(row.other_S, tl.exp(other_shift))
         g = (centre - row.centre) * inverse
         # e^g A and not A + expm1(g) A, which loses what is left of an A that was e^-g times larger
@@ -121,22 +128,26 @@ def _moved(row, main_max, other_max, centre, temperature, PAIR: tl.constexpr, RE
         A = scaled(scaled(row.A, factor), power) - scaled(D, e) + scaled(S, e - g)
         B = scaled(scaled(row.B, factor), power) + scaled(S, e)
         D -= scaled(S, g)
+        # a part without weight beside the other, or with -inf alone: what the other model has there is all of A and B
+        distance = scale_distance(main_scale, other_scale, centre)
+        of_other = scaled(other_S, tl.exp(-distance * inverse))
+        A, B = tl.where(S == 0, of_other, A), tl.where(S == 0, of_other, B)
     if REVERSE:
         H = _entropy_sum(row.H, row.other_S, other_shift)
     else:
         H = _entropy_sum(row.H, row.S, shift)
     return RowState(
-        main_max=main_max, S=S, D=D, A=A, B=B, other_max=other_max, other_S=other_S, H=H, centre=centre,
+        main_scale=main_scale, S=S, D=D, A=A, B=B, other_scale=other_scale, other_S=other_S, H=H, centre=centre,
         other_misses=row.other_misses,
     )  # fmt: skip
 
 
 @triton.jit
-def _common_centre(a, b, main_max, temperature):
+def _common_centre(a, b, main_scale, temperature):
     """The weighted mean of x - y, where A loses least; the heavier part's centre if an outlier drags the mean away."""
     inverse = 1.0 / temperature
-    f_a = tl.exp((a.main_max - main_max) * inverse)
-    f_b = tl.exp((b.main_max - main_max) * inverse)
+    f_a = tl.exp((a.main_scale - main_scale) * inverse)
+    f_b = tl.exp((b.main_scale - main_scale) * inverse)
     S_a, S_b = scaled(a.S, f_a), scaled(b.S, f_b)
     heavier = tl.where(S_a >= S_b, a.centre, b.centre)
     drift = temperature * (scaled(a.D, f_a) + scaled(b.D, f_b))
@@ -147,20 +158,20 @@ def _common_centre(a, b, main_max, temperature):
 @triton.jit
 def merge(a, b, temperature, PAIR: tl.constexpr, REVERSE: tl.constexpr):
     """Two parts of a row together. For a fixed cut of a row the result is the same bits every time."""
-    main_max = _common_max(a.main_max, a.S, b.main_max, b.S)
-    other_max, centre = a.other_max, a.centre
+    main_scale = _common_scale(a.main_scale, a.S, b.main_scale, b.S)
+    other_scale, centre = a.other_scale, a.centre
     if PAIR:
-        other_max = _common_max(a.other_max, a.other_S, b.other_max, b.other_S)
-        centre = _common_centre(a, b, main_max, temperature)
-    left = _moved(a, main_max, other_max, centre, temperature, PAIR, REVERSE)
-    right = _moved(b, main_max, other_max, centre, temperature, PAIR, REVERSE)
+        other_scale = _common_scale(a.other_scale, a.other_S, b.other_scale, b.other_S)
+        centre = _common_centre(a, b, main_scale, temperature)
+    left = _moved(a, main_scale, other_scale, centre, temperature, PAIR, REVERSE)
+    right = _moved(b, main_scale, other_scale, centre, temperature, PAIR, REVERSE)
     return RowState(
-        main_max=main_max,
+        main_scale=main_scale,
         S=left.S + right.S,
         D=left.D + right.D,
         A=left.A + right.A,
         B=left.B + right.B,
-        other_max=other_max,
+        other_scale=other_scale,
         other_S=left.other_S + right.other_S,
         H=left.H + right.H,
         centre=centre,
@@ -183,7 +194,7 @@ def summarise(row, temperature):
     # a row that is all -inf is no distribution
     log_S = tl.where(row.S > 0, tl.log(row.S), NAN)
     log_other_S = tl.where(row.other_S > 0, tl.log(row.other_S), NAN)
-    direct = log_other_S - log_S - ((row.main_max - row.other_max) - row.centre) / temperature
+    direct = log_other_S - log_S - scale_distance(row.main_scale, row.other_scale, row.centre) / temperature
     b = row.B / row.S
     rest = b_minus_log1p(b)
     near = (tl.abs(b) < 0.5) & (row.A < 0.5 * row.S) & (tl.abs(b - rest - direct) < 1e-4)
@@ -311,26 +322,26 @@ def _load(pointer, column, step, inside):
 
 @triton.jit
 def _lanes_state(
-    S, D, A, H, W, WD, V, VH, main_max, other_max, centre, misses, temperature, REVERSE: tl.constexpr
+    S, D, A, H, W, WD, V, VH, main_scale, other_scale, centre, misses, temperature, REVERSE: tl.constexpr
 ):
     """From the sums about one origin: S, D, A, H by lane of small |delta| (H of all); W ... VH of the other columns."""
     s, d, a, h = lane_totals(S, D, A, H)
-    main_max, other_max = main_max.to(tl.float64), other_max.to(tl.float64)
-    # brings the lanes' sums, which are about m and c, to the other model's maximum
+    main_scale, other_scale = main_scale.to(tl.float64), other_scale.to(tl.float64)
+    # brings the lanes' sums, which are about m and c, to the other model's scale
     inverse = 1.0 / temperature
-    distance = main_max - centre - other_max
+    distance = scale_distance(main_scale, other_scale, centre)
     to_other = tl.exp(distance * inverse)
     large = scaled(V, tl.exp(-distance * inverse)) - W
     other_small = s + a - d
     if REVERSE:
         h = scaled(h + scaled(other_small, distance), to_other) + VH
     return RowState(
-        main_max=main_max,
+        main_scale=main_scale,
         S=s + W,
         D=d + WD,
         A=a + (large + WD),
         B=(a - d) + large,
-        other_max=other_max,
+        other_scale=other_scale,
         other_S=scaled(other_small, to_other) + V,
         H=h * inverse,
         centre=centre,
@@ -339,11 +350,12 @@ def _lanes_state(
 
 
 @triton.jit
-def _difference_at(here, difference, e):
-    """x - y in two floats at the columns where ``here``; 0 where it is not finite."""
+def _difference_at(here, difference, e, otherwise):
+    """x - y at the columns where ``here``. ``otherwise`` where a model excludes them, or masks them with a number about
+    which others' differences would be infinite."""
     high = _top(tl.where(here, difference, -INF))
     low = _top(tl.where(here & (difference == high), e, -INF))
-    return tl.where(tl.abs(high) < INF, high.to(tl.float64) + low.to(tl.float64), 0.0)
+    return tl.where(tl.abs(high) < LARGEST_CENTRE, high.to(tl.float64) + low.to(tl.float64), otherwise)
 
 
 @triton.jit
@@ -425,7 +437,10 @@ def read_chunk(
                             m = top
                             limit = top + jump
                             if centred == 0:
-                                centre = _difference_at(x == top, difference, e)
+                                # of a model that is -inf so far: a centre about which no column is small
+                                between = top.to(tl.float64) - other_m.to(tl.float64)
+                                between = tl.where(other_limit > -INF, between, -LARGEST_CENTRE)
+                                centre = _difference_at(x == top, difference, e, between)
                 else:
                     u = limited(x - m, scale)
                     w = exp_scaled(u, scale)
@@ -441,7 +456,8 @@ def read_chunk(
                         V += _total(v)
                         if REVERSE:
                             VH += _total(v * from_other)
-                        misses |= _top(tl.where((y == -INF) & (x > -INF), 1, 0)) > 0
+                        excluded = ((y == -INF) & (x > -INF)) | ((delta == INF) & (w > 0))
+                        misses |= _top(tl.where(excluded, 1, 0)) > 0
                         w = tl.where(small, w, 0.0)
                         delta = tl.where(small, delta, 0.0)
                     wd = w * delta
@@ -494,6 +510,6 @@ def read_chunk_alone(logits, step, begin, end, temperature, ROWS: tl.constexpr, 
     s, h, _, _ = lane_totals(S, H, H, H)
     row = empty_state()
     return RowState(
-        main_max=m.to(tl.float64), S=s, D=row.D, A=row.A, B=row.B, other_max=row.other_max, other_S=row.other_S,
+        main_scale=m.to(tl.float64), S=s, D=row.D, A=row.A, B=row.B, other_scale=row.other_scale, other_S=row.other_S,
         H=h / temperature, centre=row.centre, other_misses=row.other_misses,
     )  # fmt: skip

@@ -38,7 +38,7 @@ from lsc_kernels.triton.row_state import (
 
 # What forward saves of a row, in doubles.
 SAVED = tl.constexpr(11)
-MAX, INVERSE_S, MEAN_LOGIT, LOGPROB, REF_MAX, REF_LOG_S, CENTRE, L, OFFSET, DIVERGENCE, LOG_RATIO = (
+SCALE, INVERSE_S, MEAN_LOGIT, LOGPROB, REF_SCALE, REF_LOG_S, CENTRE, L, OFFSET, DIVERGENCE, LOG_RATIO = (
     tl.constexpr(index) for index in range(11)
 )
 
@@ -147,8 +147,8 @@ def load_field(states, index, FIELD: tl.constexpr):
 @triton.jit
 def load_state(states, index):
     return RowState(
-        main_max=load_field(states, index, 0), S=load_field(states, index, 1), D=load_field(states, index, 2),
-        A=load_field(states, index, 3), B=load_field(states, index, 4), other_max=load_field(states, index, 5),
+        main_scale=load_field(states, index, 0), S=load_field(states, index, 1), D=load_field(states, index, 2),
+        A=load_field(states, index, 3), B=load_field(states, index, 4), other_scale=load_field(states, index, 5),
         other_S=load_field(states, index, 6), H=load_field(states, index, 7), centre=load_field(states, index, 8),
         other_misses=load_field(states, index, 9),
     )  # fmt: skip
@@ -182,40 +182,41 @@ def finish_row(
     KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """From the state of a whole row to its outputs, and to what is saved of it. An action outside [0, V) gives NaN."""
+    """From the state of a whole row to its outputs, and to what is saved of it. An action outside [0, V) makes all
+    outputs NaN, and the sums by which backward divides: so all gradients too."""
     PAIR: tl.constexpr = ref is not None
     REVERSE: tl.constexpr = PAIR and KIND == FULL_REVERSE
     inside = (action >= 0) & (action < V)
     column = tl.where(inside, action, 0)
     x = at(policy, column, policy_step).to(tl.float64)
     x = tl.where(inside, x, NAN)
-    own_max, S, H = state.main_max, state.S, state.H
+    own_scale, S, H = state.main_scale, state.S, state.H
     log_S = tl.where(S > 0, tl.log(S), NAN)
-    kl, ref_logprob, d = own_max * 0, own_max * 0, own_max * 0
+    kl, ref_logprob, d = own_scale * 0, own_scale * 0, own_scale * 0
     if PAIR:
         summary = summarise(state, temperature)
-        ref_max, ref_log_S = state.other_max, summary.log_other_S
+        ref_scale, ref_log_S = state.other_scale, summary.log_other_S
         centre, difference = state.centre, summary.L
         if REVERSE:
-            ref_max, ref_log_S = state.main_max, summary.log_S
-            own_max, S, log_S = state.other_max, state.other_S, summary.log_other_S
+            ref_scale, ref_log_S = state.main_scale, summary.log_S
+            own_scale, S, log_S = state.other_scale, state.other_S, summary.log_other_S
             centre, difference = -centre, -difference
         if difference != difference:
             # the main model's row is undefined; the other's is not, but came from sums that the two share
             if REVERSE:
                 alone = read_row_alone(policy, policy_step, V, temperature, ROWS, LANES)
-                own_max, S, H = alone.main_max, alone.S, alone.H
+                own_scale, S, H = alone.main_scale, alone.S, alone.H
                 log_S = tl.where(S > 0, tl.log(S), NAN)
             else:
                 alone = read_row_alone(ref, ref_step, V, temperature, ROWS, LANES)
-                ref_max = alone.main_max
+                ref_scale = alone.main_scale
                 ref_log_S = tl.where(alone.S > 0, tl.log(alone.S), NAN)
-    logprob = (x - own_max) / temperature - log_S
+    logprob = (x - own_scale) / temperature - log_S
     entropy = log_S - H / S
     if PAIR:
         y = at(ref, column, ref_step).to(tl.float64)
         y = tl.where(inside, y, NAN)
-        ref_logprob = (y - ref_max) / temperature - ref_log_S
+        ref_logprob = (y - ref_scale) / temperature - ref_log_S
         # models that nearly agree are told by their difference, others by their log-probabilities; so is a column
         # that one of them masks with a number before which ref_logprob = logprob - d would be nothing
         d = (x - y - centre) / temperature + difference
@@ -242,17 +243,17 @@ def finish_row(
             STRAIGHT_THROUGH,
             WEIGHTED,
         )
-        kl = value.kl
+        kl = tl.where(inside, value.kl, NAN)
         ref_logprob = tl.where(by_difference, logprob - d, ref_logprob)
-        tl.store(saved + REF_MAX, ref_max)
-        tl.store(saved + REF_LOG_S, ref_log_S)
+        tl.store(saved + REF_SCALE, ref_scale)
+        tl.store(saved + REF_LOG_S, tl.where(inside, ref_log_S, NAN))
         tl.store(saved + CENTRE, centre)
         tl.store(saved + L, difference)
         tl.store(saved + OFFSET, difference + divergence if REVERSE else difference - divergence)
         tl.store(saved + DIVERGENCE, divergence)
         tl.store(saved + LOG_RATIO, d)
-    tl.store(saved + MAX, own_max)
-    tl.store(saved + INVERSE_S, 1 / S)
+    tl.store(saved + SCALE, own_scale)
+    tl.store(saved + INVERSE_S, tl.where(inside, 1 / S, NAN))
     tl.store(saved + MEAN_LOGIT, H / S)
     tl.store(saved + LOGPROB, logprob)
     return Token(
@@ -354,7 +355,7 @@ def coefficients(
 @triton.jit
 def action_gradients(x, y, c, saved, temperature, READS_REF: tl.constexpr):
     """The action's column, in double: where 1 - p is tiny, -expm1(log p) keeps what is left of it."""
-    logit = (x.to(tl.float64) - tl.load(saved + MAX)) / temperature
+    logit = (x.to(tl.float64) - tl.load(saved + SCALE)) / temperature
     logprob = tl.load(saved + LOGPROB)
     p = tl.exp(logprob)
     to_policy = scaled(c.policy_action, -expm1_negative(-logprob)) + scaled(
@@ -365,7 +366,9 @@ def action_gradients(x, y, c, saved, temperature, READS_REF: tl.constexpr):
         d = tl.load(saved + LOG_RATIO)
         raw = (x.to(tl.float64) - y.to(tl.float64) - tl.load(saved + CENTRE)) / temperature
         delta = tl.where(tl.abs(raw) < INF, raw, 0.0)
-        ref_logprob = (y.to(tl.float64) - tl.load(saved + REF_MAX)) / temperature - tl.load(saved + REF_LOG_S)
+        ref_logprob = (y.to(tl.float64) - tl.load(saved + REF_SCALE)) / temperature - tl.load(
+            saved + REF_LOG_S
+        )
         q = tl.exp(ref_logprob)
         difference = tl.where(tl.abs(d) < SMALL_LOG_RATIO, -p * expm1_negative(d), p - q)
         to_policy += scaled(p, scaled(c.p_delta, delta)) + scaled(difference, c.p_minus_q)
@@ -384,7 +387,7 @@ def write_gradients(
 ):  # fmt: skip
     """Columns [begin, end) of a row's gradients; ``to_ref`` None where it is not wanted."""
     scale = make_scale(temperature)
-    m = tl.load(saved + MAX).to(tl.float32)
+    m = tl.load(saved + SCALE).to(tl.float32)
     inverse_S = tl.load(saved + INVERSE_S).to(tl.float32)
     p0, p_logit = c.p0.to(tl.float32), (c.p_logit / temperature).to(tl.float32)
     at_policy, at_ref = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
@@ -397,7 +400,7 @@ def write_gradients(
     if READS_REF:
         p_delta, p_minus_q = c.p_delta.to(tl.float32), c.p_minus_q.to(tl.float32)
         q0, q_delta, q_minus_p = c.q0.to(tl.float32), c.q_delta.to(tl.float32), c.q_minus_p.to(tl.float32)
-        ref_max = tl.load(saved + REF_MAX).to(tl.float32)
+        ref_scale = tl.load(saved + REF_SCALE).to(tl.float32)
         inverse_ref_S = tl.exp(-tl.load(saved + REF_LOG_S)).to(tl.float32)
         centre, centre_low = two_floats(tl.load(saved + CENTRE))
         shift = tl.load(saved + L).to(tl.float32)
@@ -420,7 +423,7 @@ def write_gradients(
             # p - q = -p expm1(-d) = p (d - d^2 P(d)), without the cancellation of nearly equal columns
             d = ratio + shift
             small = tl.abs(d) < small_limit
-            q_exact = exp_scaled(limited(y - ref_max, scale), scale) * inverse_ref_S
+            q_exact = exp_scaled(limited(y - ref_scale, scale), scale) * inverse_ref_S
             difference = tl.where(small, p * (d - d * d * expm1_remainder(d)), p - q_exact)
             q = tl.where(small, p - difference, q_exact)
             gradient = tl.fma(p_minus_q, difference, tl.fma(p * p_delta, delta, gradient))

@@ -66,19 +66,23 @@ inline int tile_find(const T* x, int n, float value) {
 
 // About what a tile's sums are taken.
 struct Origin {
-  float main_max = 0, other_max = 0;  // scales: of the largest logit's size, not always it
+  float main_scale = 0, other_scale = 0;
   double centre = 0;
-  double to_other = 1;  // brings sums about main_max and the centre to other_max
+  double to_other = 1;  // brings sums about main_scale and the centre to other_scale
 
   Origin() = default;
-  Origin(float main_max, float other_max, double centre, double temperature)
-      : main_max(main_max), other_max(other_max), centre(centre),
-        to_other(std::exp((main_max - centre - other_max) / temperature)) {}
+  Origin(float main_scale, float other_scale, double centre, double temperature)
+      : main_scale(main_scale), other_scale(other_scale), centre(centre),
+        to_other(std::exp(scale_distance<double>(main_scale, other_scale, centre, temperature))) {}
+
+  // Whether a column that is small about the centre and has weight in the other model has some in the main one, from which the
+  // other's follows. Not so where the other excludes what carries the main one: there nothing counts as small.
+  bool level() const { return to_other < 1e9; }
 };
 
 // A vector of columns: the logits, the main model's from its scale, its weights, the log ratios.
 struct Columns {
-  Vec x, y, from_max, w, delta;
+  Vec x, y, from_main, w, delta;
 };
 
 // Every lane, where others give a Mask.
@@ -92,13 +96,13 @@ struct SmallSums {
 
   // `remainder` is expm1_remainder(delta)
   template <typename Where>
-  void add(Where where, Vec w, Vec delta, Vec remainder, Vec from_other_max) {
+  void add(Where where, Vec w, Vec delta, Vec remainder, Vec from_other) {
     const Vec w_delta = w * delta, w_square = w_delta * delta;
     D = add_where(where, D, w_delta);
     if constexpr (kReverse) {
       const Vec of_A = w_square * remainder;
       A = add_where(where, A, of_A);
-      H = add_where(where, H, ((w - w_delta) + of_A) * from_other_max);
+      H = add_where(where, H, ((w - w_delta) + of_A) * from_other);
     } else if constexpr (std::is_same_v<Where, Everywhere>) {
       A = fma(w_square, remainder, A);
     } else {
@@ -116,8 +120,8 @@ struct LargeSums {
   int pairs = 0;                             // of vectors with large columns
   bool other_misses = false;
 
-  __attribute__((always_inline)) void add(const Columns& a, const Columns& b, Vec other_max, const PowerScale& scale) {
-    const Weights of_a = add(a, other_max, scale), of_b = add(b, other_max, scale);
+  __attribute__((always_inline)) void add(const Columns& a, const Columns& b, Vec other_scale, Vec limit, const PowerScale& scale) {
+    const Weights of_a = add(a, other_scale, limit, scale), of_b = add(b, other_scale, limit, scale);
     const Mask large_a = complement(of_a.small), large_b = complement(of_b.small);
     // two by two, as the small ones' elsewhere
     S = S + add_where(of_b.small, only(of_a.small, of_a.w), of_b.w);
@@ -132,19 +136,20 @@ struct LargeSums {
     Mask small;
   };
 
-  __attribute__((always_inline)) Weights add(const Columns& c, Vec other_max, const PowerScale& scale) {
-    const Mask small = abs(c.delta) < Vec(kSmallLogRatio), large = complement(small);
-    Vec from_other_max = c.y - other_max, w = c.w, delta = c.delta;
-    Vec v = exp_within(from_other_max, scale);
+  __attribute__((always_inline)) Weights add(const Columns& c, Vec other_scale, Vec limit, const PowerScale& scale) {
+    const Mask small = abs(c.delta) < limit, large = complement(small);
+    Vec from_other = c.y - other_scale, w = c.w, delta = c.delta;
+    Vec v = exp_within(from_other, scale);
     const Mask finite = abs(delta) < Vec(INFINITY);
     if (__builtin_expect(!all(finite), 0)) {
       other_misses |= any(both(c.y == Vec(-INFINITY), Vec(-INFINITY) < c.x));
+      other_misses |= any(both(delta == Vec(INFINITY), Vec(0.0f) < w));
       delta = select(finite, delta, Vec(0.0f));
       w = weight(c.x, w), v = weight(c.y, v);
     }
-    beside.add(small, w, delta, expm1_remainder(delta), from_other_max);
+    beside.add(small, w, delta, expm1_remainder(delta), from_other);
     WD = add_where(large, WD, w * delta);
-    if constexpr (kReverse) VH = add_where(large, VH, v * from_other_max);
+    if constexpr (kReverse) VH = add_where(large, VH, v * from_other);
     return {w, v, small};
   }
 
@@ -181,14 +186,36 @@ struct Tile {
   bool about_outlier() const { return series && small.S < 0.5 * row.S; }
 };
 
+// Of a tile, in doubles.
+struct TileSums {
+  WideSum S, D, A, H;     // of the columns with one exponential
+  WideSum W, WD, V, VH;   // of those with two: w, w delta, v, v (y - m')
+
+  template <bool kReverse>
+  void total(const Origin& origin, const PowerScale& scale, bool has_two, Tile& tile) const {
+    RowState<double>&row = tile.row, &small = tile.small;
+    row.main_scale = small.main_scale = origin.main_scale, row.centre = small.centre = origin.centre, row.other_scale = origin.other_scale;
+    row.S = small.S = S.total(), row.D = small.D = D.total(), row.A = small.A = A.total(), row.B = row.A - row.D;
+    row.other_S = scaled(row.S + row.B, origin.to_other), row.H = H.total();
+    if constexpr (kReverse) row.H = scaled(row.H, origin.to_other);
+    if (has_two) {
+      const double w = W.total(), wd = WD.total(), v = V.total();
+      const double expm1 = scaled(v, 1 / origin.to_other) - w;  // sum w expm1(-delta)
+      row.S += w, row.D += wd, row.A += expm1 + wd, row.B += expm1, row.other_S += v;
+      if constexpr (kReverse) row.H += VH.total();
+    }
+    row.H *= scale.inverse;
+  }
+};
+
 // A function of its own, so that the compiler's appetite for inlining does not depend on how many variants there are.
 template <bool kReverse, Ratio kRatio, Two kTwo, typename T>
 __attribute__((noinline, flatten)) void add_tile(
     const T* x, const T* y, int n, const Origin& origin, const PowerScale& scale, Tile& tile) {
   const float centre = float(origin.centre);
-  const Vec m(origin.main_max), m_other(origin.other_max), inverse(scale.inverse);
+  const Vec m(origin.main_scale), m_other(origin.other_scale), inverse(scale.inverse);
   const Vec c(centre), c_low(float(origin.centre - centre)), scaled_c(float(origin.centre * scale.inverse));
-  WideSum S, D, A, H, W, WD, V, VH;
+  TileSums sums;
   Vec largest(0.0f);
   int large_pairs = 0;
   bool other_misses = false;
@@ -204,7 +231,7 @@ __attribute__((noinline, flatten)) void add_tile(
     return Columns{x0, y0, u, w, centred_difference(x0, y0, c, c_low) * inverse};
   };
   const auto add_entropy = [&](const Columns& a, const Columns& b) __attribute__((always_inline)) {
-    if constexpr (!kReverse) small.H = fma(b.w, b.from_max, fma(a.w, a.from_max, small.H));
+    if constexpr (!kReverse) small.H = fma(b.w, b.from_main, fma(a.w, a.from_main, small.H));
   };
   const auto add_small = [&](const Columns& a) __attribute__((always_inline)) {
     const Vec remainder = kTwo == Two::none ? expm1_remainder_of_smaller(a.delta) : expm1_remainder(a.delta);
@@ -212,10 +239,10 @@ __attribute__((noinline, flatten)) void add_tile(
   };
   // Without the series: D is of all columns, and so are the weights.
   const auto other_weight = [&](const Columns& a) __attribute__((always_inline)) {
-    Vec from_other_max = a.y - m_other;
-    const Vec v = exp_within(from_other_max, scale);
+    Vec from_other = a.y - m_other;
+    const Vec v = exp_within(from_other, scale);
     small.D = fma(a.w, a.delta, small.D);
-    if constexpr (kReverse) small.H = fma(v, from_other_max, small.H);
+    if constexpr (kReverse) small.H = fma(v, from_other, small.H);
     return v;
   };
   // Returns whether they are added; else they are for the sums of large columns.
@@ -236,29 +263,30 @@ __attribute__((noinline, flatten)) void add_tile(
     return true;
   };
   const auto gather_large_weights = [&]() __attribute__((always_inline)) {
-    S.add(large.S), W.add(large.W), V.add(large.V);
+    sums.S.add(large.S), sums.W.add(large.W), sums.V.add(large.V);
     large.S = large.W = large.V = Vec(0.0f);
   };
   const auto gather_weights = [&](bool has_large) __attribute__((always_inline)) {
-    if constexpr (kTwo == Two::none || kTwo == Two::rare) S.add(weights);
-    if constexpr (kTwo == Two::all) W.add(weights), V.add(other_weights);
+    if constexpr (kTwo == Two::none || kTwo == Two::rare) sums.S.add(weights);
+    if constexpr (kTwo == Two::all) sums.W.add(weights), sums.V.add(other_weights);
     weights = other_weights = Vec(0.0f);
     if (has_large) gather_large_weights();
   };
   const auto gather = [&](bool has_large) __attribute__((always_inline)) {
-    if constexpr (kReverse && kTwo == Two::all) VH.add(small.H); else H.add(small.H);
-    if constexpr (kTwo == Two::all) WD.add(small.D); else D.add(small.D), A.add(small.A);
+    if constexpr (kReverse && kTwo == Two::all) sums.VH.add(small.H); else sums.H.add(small.H);
+    if constexpr (kTwo == Two::all) sums.WD.add(small.D); else sums.D.add(small.D), sums.A.add(small.A);
     small = SmallSums<kReverse>();
     if (!has_large) return;
     gather_large_weights();
-    D.add(large.beside.D), A.add(large.beside.A), WD.add(large.WD);
-    if constexpr (kReverse) H.add(large.beside.H), VH.add(large.VH);
+    sums.D.add(large.beside.D), sums.A.add(large.beside.A), sums.WD.add(large.WD);
+    if constexpr (kReverse) sums.H.add(large.beside.H), sums.VH.add(large.VH);
     large_pairs += large.pairs;
     other_misses |= large.other_misses;
     large = LargeSums<kReverse>();
   };
   const auto has_large = [&] { return kTwo == Two::mixed || (kTwo == Two::rare && large.pairs > 0); };
-  const auto add_large = [&](const Columns& a, const Columns& b) __attribute__((always_inline)) { large.add(a, b, m_other, scale); };
+  const Vec limit(origin.level() ? kSmallLogRatio : 0.0f);
+  const auto add_large = [&](const Columns& a, const Columns& b) __attribute__((always_inline)) { large.add(a, b, m_other, limit, scale); };
 
   constexpr int kPair = 2 * Vec::kLanes;
   const auto pair_at = [&](int first, Columns& a, Columns& b) __attribute__((always_inline)) {
@@ -306,29 +334,18 @@ __attribute__((noinline, flatten)) void add_tile(
     gather(true);
   }
 
-  RowState<double>&row = tile.row, &near = tile.small;
-  row.main_max = near.main_max = origin.main_max, row.centre = near.centre = origin.centre, row.other_max = origin.other_max;
-  row.S = near.S = S.total(), row.D = near.D = D.total(), row.A = near.A = A.total(), row.B = row.A - row.D;
-  row.other_S = scaled(row.S + row.B, origin.to_other), row.H = H.total();
-  row.other_misses = other_misses;
-  if constexpr (kReverse) row.H = scaled(row.H, origin.to_other);
-  if (kTwo == Two::mixed || kTwo == Two::all || large_pairs > 0) {
-    const double w = W.total(), wd = WD.total(), v = V.total();
-    const double expm1 = scaled(v, 1 / origin.to_other) - w;  // sum w expm1(-delta) of the large columns
-    row.S += w, row.D += wd, row.A += expm1 + wd, row.B += expm1, row.other_S += v;
-    if constexpr (kReverse) row.H += VH.total();
-  }
-  row.H *= scale.inverse;
   tile.series = kTwo != Two::all;
   tile.largest = kTwo == Two::none ? max_lane(largest) : 0.0f;
   tile.large_pairs = large_pairs;
+  tile.row.other_misses = other_misses;
+  sums.total<kReverse>(origin, scale, kTwo == Two::mixed || kTwo == Two::all || large_pairs > 0, tile);
 }
 
 // Whether the two models, each over a tile's columns alone, differ so much that the rounding of exponentials is nothing
-// beside it: KL = E[delta] + log(sum v / sum w), in units of one maximum.
+// beside it: KL = E[delta] + log(sum v / sum w), in units of one scale.
 inline bool apart(const RowState<double>& tile, double temperature) {
-  const double shift = (tile.main_max - tile.centre - tile.other_max) / temperature;
-  const double kl = tile.D / tile.S + std::log(tile.other_S / tile.S) - shift;
+  const double distance = scale_distance(tile.main_scale, tile.other_scale, tile.centre, temperature);
+  const double kl = tile.D / tile.S + std::log(tile.other_S / tile.S) - distance;
   return kl > 0.1 && kl < INFINITY;
 }
 
@@ -382,6 +399,7 @@ class RowReader {
   // In the way that the last tile asked for; where this one is unlike it, in one that serves any.
   template <typename T>
   void add(const T* x, const T* y, int n, const Origin& origin, Ratio ratio, Tile& tile) {
+    if (!origin.level()) return add_as<Two::mixed>(x, y, n, origin, ratio, tile);
     if (two_ == Two::none) {
       add_as<Two::none>(x, y, n, origin, ratio, tile);
       if (tile.largest < kSmallerLogRatio && std::isfinite(tile.row.D)) return;
@@ -415,20 +433,19 @@ class RowReader {
   void begin_anew(const T* x, const T* y, int n) {
     const float main_max = tile_max(x, n), other_max = tile_max(y, n);
     const int largest = tile_find(x, n, main_max);
-    const double difference = double(to_float(x[largest])) - to_float(y[largest]);
-    // a column that one model excludes, or masks with a number that would make infinities of the others', is no centre
-    const double centre = std::fabs(difference) < 1e30 ? difference : 0.0;
     // where one model, or both, are -inf all over, any finite scale serves
     const float m = main_max > -INFINITY ? main_max : other_max > -INFINITY ? other_max : 0.0f;
-    const float m_other = other_max > -INFINITY ? other_max : float(m - centre);
+    const float m_other = other_max > -INFINITY ? other_max : m;
+    const double difference = double(to_float(x[largest])) - to_float(y[largest]);
+    const double centre = std::fabs(difference) < kLargestCentre ? difference : double(m) - m_other;
     const Origin origin(m, m_other, centre, temperature_);
     Tile tile;
     add_as<Two::mixed>(x, y, n, origin, Ratio::exact, tile);
     choose(tile.large_pairs, n);
     if (tile.about_outlier() || off_centre(tile.small)) go_over_again(x, y, n, origin, tile);
     bring_to_common_scales(row_, tile.row, temperature_, kReverse);
-    rescale_main<double>(small_, row_.main_max, temperature_, false);
-    rescale_main<double>(tile.small, row_.main_max, temperature_, false);
+    rescale_main<double>(small_, row_.main_scale, temperature_, false);
+    rescale_main<double>(tile.small, row_.main_scale, temperature_, false);
     include(row_.S > tile.row.S ? row_.centre : tile.row.centre, tile);
     settle();
   }
@@ -438,7 +455,7 @@ class RowReader {
   void go_over_again(const T* x, const T* y, int n, const Origin& origin, Tile& tile) {
     const RowState<double>&row = tile.row, &small = tile.small;
     const double away = tile.about_outlier() ? (row.D - small.D) / (row.S - small.S) : small.D / small.S;
-    const Origin there(origin.main_max, origin.other_max, origin.centre + temperature_ * away, temperature_);
+    const Origin there(origin.main_scale, origin.other_scale, origin.centre + temperature_ * away, temperature_);
     Tile again;
     add_as<Two::mixed>(x, y, n, there, Ratio::exact, again);
     if (again.small.S >= 0.999 * small.S) tile = again;
@@ -460,15 +477,15 @@ class RowReader {
   // The origin of the tiles to come.
   void settle() {
     if (row_.S > kHeavy) {
-      const double to = scale_of(row_.main_max, row_.S, temperature_);
+      const double to = scale_of(row_.main_scale, row_.S, temperature_);
       rescale_main<double>(row_, to, temperature_, !kReverse), rescale_main<double>(small_, to, temperature_, false);
     }
-    if (row_.other_S > kHeavy) rescale_other<double>(row_, scale_of(row_.other_max, row_.other_S, temperature_), temperature_, kReverse);
+    if (row_.other_S > kHeavy) rescale_other<double>(row_, scale_of(row_.other_scale, row_.other_S, temperature_), temperature_, kReverse);
     if (small_.S > 0) move_centre(row_.centre + temperature_ * (small_.D / small_.S));
     // a product rounded before the centre is subtracted would be that much worse
     ratio_ = small_centre() && (kFusedProducts || temperature_ == 1) ? Ratio::direct : Ratio::exact;
     if (ratio_ == Ratio::direct) move_centre(double(float(row_.centre * scale_.inverse)) / scale_.inverse);
-    origin_ = Origin(float(row_.main_max), float(row_.other_max), row_.centre, temperature_);
+    origin_ = Origin(float(row_.main_scale), float(row_.other_scale), row_.centre, temperature_);
   }
 
   void move_centre(double to) { recentre<double>(row_, to, temperature_), recentre<double>(small_, to, temperature_); }
@@ -500,11 +517,12 @@ class LogprobReader {
   template <typename T>
   void tile(const T* x, int n) {
     if (row_.S > 0 && finite_ && n % Vec::kLanes == 0) {
-      const RowState<double> tile = add<true>(x, n, float(row_.main_max));
-      finite_ = std::isfinite(tile.H);
-      if (finite_ && tile.S <= kOutweighs * row_.S) {
+      const RowState<double> tile = add<true>(x, n, float(row_.main_scale));
+      const bool fits = tile.S <= kOutweighs * row_.S;
+      finite_ = !fits || std::isfinite(tile.H);
+      if (fits && finite_) {
         row_.S += tile.S, row_.H += tile.H;
-        if (row_.S > kHeavy) rescale_main<double>(row_, scale_of(row_.main_max, row_.S, temperature_), temperature_, true);
+        if (row_.S > kHeavy) rescale_main<double>(row_, scale_of(row_.main_scale, row_.S, temperature_), temperature_, true);
         return;
       }
     }
@@ -552,7 +570,7 @@ class LogprobReader {
       H.add(last);
     }
     RowState<double> tile;
-    tile.main_max = scale, tile.S = S.total(), tile.H = H.total() * scale_.inverse;
+    tile.main_scale = scale, tile.S = S.total(), tile.H = H.total() * scale_.inverse;
     return tile;
   }
 

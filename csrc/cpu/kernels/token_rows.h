@@ -104,7 +104,7 @@ struct RowGradient {
   Vec p0, p_logit, p_delta, p_minus_q, q0, q_delta, q_minus_p;
 
   RowGradient(const float* saved, const Coefficients& c, double temperature)
-      : scale(temperature), m(saved[kMax]), inverse_S(saved[kInverseS]), m_ref(saved[kRefMax]),
+      : scale(temperature), m(saved[kScale]), inverse_S(saved[kInverseS]), m_ref(saved[kRefScale]),
         inverse_ref_S(std::exp(-saved[kRefLogS])), centre(saved[kCentre]), centre_low(saved[kCentreLow]), L(saved[kL]),
         // a large L has rounded away what small log ratios differ by
         small_limit(std::fabs(saved[kL]) < kSmallLogRatio ? kSmallLogRatio : 0.0f), inverse(scale.inverse),
@@ -112,7 +112,7 @@ struct RowGradient {
         p_minus_q(float(c.p_minus_q)), q0(float(c.q0)), q_delta(float(c.q_delta)), q_minus_p(float(c.q_minus_p)) {}
 
   void operator()(Vec x, Vec y, Vec& to_policy, Vec& to_ref) const {
-    Vec u = x - m;
+    Vec u = x - m;  // not far above 0: S is at most kHeavy for each chunk
     const Vec p = exp_scaled(u, scale) * inverse_S;
     Vec per_weight = fma(p_logit, u, p0);
     if constexpr (kReads == Reads::policy) {
