@@ -4,9 +4,10 @@
 
 writes gpu-NAME.json into benchmarks/results/ and prints a short table. Every way of a row is checked against fp64 on
 its first rows, then timed with CUDA events, all ways in turn, a buffer larger than the second cache written before each
-run. The bytes that the work must move, over that time, are given as a share of the copy bandwidth measured in the same
-run. Rows come in order of weight; those that the seconds do not reach are listed as left out. The file is written anew
-after each row.
+run. ``host_ahead`` is the share of the runs that were wholly launched before that buffer was written: in others the
+device may have waited for the host. The bytes that the work must move, over that time, are given as a share of the copy
+bandwidth measured in the same run. Rows come in order of weight; those that the seconds do not reach are listed as left
+out. The file is written anew after each row.
 
 A kernel that reads where it must not ends the process's CUDA context, and with it every later row. The exit status is
 then 75, and ``--resume`` goes on in a new process behind that row, without that way of that op.
@@ -82,6 +83,7 @@ class Timing:
     median_ms: float
     min_ms: float
     share_of_copy: float
+    host_ahead: float
     error: dict[str, float]
     extra_mb: float | None
     launches: int | None
@@ -102,8 +104,22 @@ class Row:
     lost: str | None = None  # the way that ended the CUDA context
 
 
+def choose(way: str) -> None:
+    """The backend of this library that a way is named after. It takes the host longer than some kernels run: it is for
+    outside the clock."""
+    lk.set_backend(way if way in OURS else "auto")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed run."""
+
+    ms: float
+    host_ahead: bool  # all of it was launched before the device began with it
+
+
 class Clock:
-    """Milliseconds of a step on one device, its caches flushed before."""
+    """Times ways on one device, its caches flushed before."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -113,32 +129,34 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def in_turn(self, steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for _, (name, step) in itertools.product(range(rounds), steps.items()):
+    def in_turn(self, steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[Run]]:
+        runs: dict[str, list[Run]] = {way: [] for way in steps}
+        for _, (way, step) in itertools.product(range(rounds), steps.items()):
+            choose(way)
             self.flushed.zero_()
-            times[name].append(self.once(step))
-        return times
+            runs[way].append(self.once(step))
+        return runs
 
-    def once(self, step: Callable[[], object]) -> float:
+    def once(self, step: Callable[[], object]) -> Run:
         if not self.cuda:
             started = time.perf_counter()
             step()
-            return 1e3 * (time.perf_counter() - started)
+            return Run(1e3 * (time.perf_counter() - started), host_ahead=True)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         step()
         end.record()
+        host_ahead = not start.query()
         end.synchronize()
-        return start.elapsed_time(end)
+        return Run(start.elapsed_time(end), host_ahead)
 
 
 def copy_bandwidth(clock: Clock, device: torch.device) -> float:
     """Bytes read and written per second by a copy of 4 GB (64 MB on a CPU)."""
     source = torch.empty((4 << 30) if clock.cuda else (64 << 20), dtype=torch.uint8, device=device).fill_(7)
     target = torch.empty_like(source)
-    times = clock.in_turn({"copy": lambda: target.copy_(source)}, 10)["copy"][2:]
-    return 2 * source.numel() / (1e-3 * statistics.median(times))
+    runs = clock.in_turn({"copy": lambda: target.copy_(source)}, 10)["copy"][2:]
+    return 2 * source.numel() / (1e-3 * statistics.median(run.ms for run in runs))
 
 
 def extra_memory(step: Callable[[], object]) -> float | None:
@@ -164,20 +182,10 @@ def launches(step: Callable[[], object]) -> int | None:
     return len([event for event in kernels if not event.name.startswith(("Memcpy", "Memset"))]) or None
 
 
-def through(backend: str, function: Function) -> Function:
-    """``function`` with a backend of this library chosen."""
-
-    def run(*inputs: Any) -> Outputs:
-        lk.set_backend(backend)
-        return function(*inputs)
-
-    return run
-
-
 def ours(device: torch.device, function: Function) -> dict[str, Function]:
-    """This library's own kernels on the device."""
+    """This library's own kernels on the device; ``choose`` says which of them a call means."""
     served = lk.backends()[device.type]
-    return {name: through(name, function) for name in OURS if served[name] == "available"}
+    return {name: function for name in OURS if served[name] == "available"}
 
 
 @functools.cache
@@ -381,6 +389,7 @@ def measure(row: Row, problem: Problem, clock: Clock, bandwidth: float, deadline
     true = make(problem.truth, problem.checked(inputs))()
     for name, way in problem.ways.items():
         step = make(way, inputs)
+        choose(name)
         try:
             got = step()
             found[name] = errors(
@@ -395,13 +404,16 @@ def measure(row: Row, problem: Problem, clock: Clock, bandwidth: float, deadline
             continue
         del got
         steps[name] = step
-    one_round = sum(clock.once(step) for step in steps.values())
+    one_round = sum(run.ms for runs in clock.in_turn(steps, 1).values() for run in runs)
     left = max(deadline - time.monotonic(), 0)
     rounds = int(min(30, max(3, 1e3 * min(left, SECONDS_A_ROW) / one_round)))
-    for name, times in clock.in_turn(steps, rounds).items():
-        seconds = 1e-3 * statistics.median(times)
+    for name, runs in clock.in_turn(steps, rounds).items():
+        choose(name)
+        seconds = 1e-3 * statistics.median(run.ms for run in runs)
         row.ways[name] = Timing(
-            *(1e3 * seconds, min(times), problem.moved_bytes / seconds / bandwidth, found[name]),
+            *(1e3 * seconds, min(run.ms for run in runs), problem.moved_bytes / seconds / bandwidth),
+            host_ahead=statistics.mean(run.host_ahead for run in runs),
+            error=found[name],
             extra_mb=extra_memory(steps[name]),
             launches=launches(steps[name]) if 1e3 * seconds < COUNTED_BELOW_MS else None,
         )
@@ -459,7 +471,8 @@ def version_of(package: str) -> str | None:
 def line(row: Row) -> str:
     shape = " x ".join(map(str, row.shape.values()))
     ways = "  ".join(
-        f"{name} {timing.median_ms:.3f} ms ({timing.share_of_copy:.0%})" for name, timing in row.ways.items()
+        f"{name} {timing.median_ms:.3f} ms ({timing.share_of_copy:.0%}{', host late' * (timing.host_ahead < 0.5)})"
+        for name, timing in row.ways.items()
     )
     return f"{row.op} {row.case} {row.dtype} {row.step} [{shape}]  {ways}" + "".join(
         f"  {name}: {why}" for name, why in row.left_out.items()

@@ -44,25 +44,38 @@ named() {
   "$@" 2>&1 | sed -u "s/^/$name: /"
 }
 
+# Whether Python loads the kernels that were just built. The import hook of an editable install comes before PYTHONPATH.
+loaded() {
+  "$PYTHON" -c 'import os, sys
+from lsc_kernels import native
+if native.UNAVAILABLE: sys.exit(native.UNAVAILABLE)
+from lsc_kernels import _C
+if not os.path.samefile(os.path.dirname(_C.__file__), "lsc_kernels"):
+    sys.exit(f"{sys.executable} loads {_C.__file__} instead of what was built here:"
+             " take another PYTHON, or uninstall lsc-kernels from this one")
+sys.exit(native.unavailable("cuda"))'
+}
+
 # The kernels, and beside them what later steps would wait for: Triton's and torch.compile's own compilers fill their caches.
 build() {
   named triton timeout 90 "$PYTHON" -m benchmarks.gpu_small_shapes --seconds 80 &
   named torch.compile timeout 100 "$PYTHON" -m benchmarks.gpu --only-compile &
   export LSC_KERNELS_BUILD=cuda
   cmake -S csrc -B build/gpu -G Ninja -DLSC_INPLACE=ON -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
-    -DLSC_CUDA_ARCHITECTURES="$1-real" && cmake --build build/gpu
-  local result=$?
-  echo "build: exit $result after $SECONDS s"
+    -DLSC_CUDA_ARCHITECTURES="$1-real" && cmake --build build/gpu && loaded
+  local result=$? took=$SECONDS
   wait
+  echo "build: exit $result after $took s"
   return $result
 }
 
+# Of 150 seconds: what begins in the last of its 85 may take 45, and a process that is put in its place 10.
 tests() {
   local options=()
   "$PYTHON" -c 'import xdist' 2>/dev/null && options+=(-n 8)
-  "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout 90 --timeout-method thread)
+  "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout 45 --timeout-method thread)
   # shellcheck disable=SC2046
-  "$PYTHON" -m pytest -v --tb=short "${options[@]}" --seconds 110 -k "(cuda or gpu) and not emulat" \
+  "$PYTHON" -m pytest -v --tb=short "${options[@]}" --seconds 85 -k "(cuda or gpu) and not emulat" \
     tests/test_gpu.py $(scripts/kernel_tests.sh)
 }
 
@@ -72,7 +85,7 @@ sanitizer() {
   for tool in memcheck racecheck; do
     # torch's own pool would hide a write beyond a tensor
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 named "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" -m benchmarks.gpu_small_shapes --seconds 45 &
+      "$PYTHON" -m benchmarks.gpu_small_shapes --seconds 50 &
     running+=($!)
   done
   for tool in "${running[@]}"; do wait "$tool" || result=1; done
@@ -91,7 +104,7 @@ benchmarks() {
   return 75
 }
 
-export -f named build tests sanitizer benchmarks
+export -f named loaded build tests sanitizer benchmarks
 export PYTHON OUT
 # the second column: seconds at most; the benchmarks have what the others leave
 LINES_SHOWN=12 step info 20 "$PYTHON" -m lsc_kernels.cli info

@@ -1,8 +1,9 @@
 """Every kernel once, forward and backward, on small and awkward shapes: what compute-sanitizer watches.
 
-compute-sanitizer --tool memcheck python -m benchmarks.gpu_small_shapes [--seconds 45]
+compute-sanitizer --tool memcheck python -m benchmarks.gpu_small_shapes [--seconds 50]
 
-begins no call after so many seconds, and says how many it has left out.
+begins no call after so many seconds of the process, and says how many it has left out. Each call is named before it
+begins, so that an end by force leaves what was done until then.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-from torch import Generator, Tensor
+STARTED = time.monotonic()  # importing torch takes long where compute-sanitizer watches
 
-import lsc_kernels as lk
+import torch  # noqa: E402
+from torch import Generator, Tensor  # noqa: E402
+
+import lsc_kernels as lk  # noqa: E402
 
 
 def calls(
@@ -64,7 +67,7 @@ def calls(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_small_shapes")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no call begins after them")
-    deadline = time.monotonic() + parser.parse_args(arguments).seconds
+    deadline = STARTED + parser.parse_args(arguments).seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     served = lk.backends()[device.type]
     names = [name for name in ("native", "triton") if served[name] == "available"]
@@ -76,15 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if time.monotonic() > deadline:
                 left_out += 1
                 continue
+            count += 1
+            print(f"call {count}: {name}, {dtype}, V = {vocabulary}; {failed} failed before", flush=True)
             try:
                 outputs = call()
                 sum(output.sum() for output in outputs if output.requires_grad).backward()
                 if device.type == "cuda":
                     torch.cuda.synchronize()  # so that an illegal access is this call's
             except Exception:
-                print(f"{name}, {dtype}, V = {vocabulary}:\n{traceback.format_exc()}", flush=True)
+                print(traceback.format_exc(), flush=True)
                 failed += 1
-            count += 1
     print(
         f"{count} calls on {device.type} through {', '.join(names) or 'nothing'}; {failed} failed, {left_out} left out"
     )

@@ -99,7 +99,7 @@ def test_packed(backend: str, generator: Generator, dtype: torch.dtype) -> None:
     torch.testing.assert_close(scores.double(), truth, rtol=RTOL, atol=RTOL, equal_nan=True)
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 33), (7, 33), (33,), (2, 1, 3, 4, 33), (0, 5, 33)])
+@pytest.mark.parametrize("shape", [(3, 5, 33), (7, 33), (33,), (2, 1, 3, 4, 33), (0, 5, 33), (3, 99, 33)])
 def test_every_position(backend: str, generator: Generator, shape: tuple[int, ...]) -> None:
     hidden, weight = torch.randn(shape, generator=generator), torch.randn(2, 33, generator=generator)
     bias = torch.randn(2, generator=generator)

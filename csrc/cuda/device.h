@@ -102,11 +102,13 @@ inline void copy_async(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % kBytes || reinterpret_cast<uintptr_t>(to) % kBytes) {
     throw std::logic_error("a wide copy that is not aligned");
   }
-  memcpy(to, from, kBytes);
+  emulation::copy_later(to, from, kBytes);
 }
-inline void end_batch() {}
+inline void end_batch() { emulation::end_batch(); }
 template <int kUnderWay>
-inline void wait_copies() {}
+inline void wait_copies() {
+  emulation::wait_batches(kUnderWay);
+}
 // What another block has written.
 inline uint64_t load_fresh(const uint64_t* from) { return *from; }
 template <typename Words>

@@ -2,8 +2,8 @@
 //
 // Forward: a block an output row, scored as cuda/head_rows.h says; nothing else of hidden is read. Backward to hidden: a block
 // a row of hidden, which writes zeros, or the scaled sum of the weights if the row was read. Backward to weight and bias: a
-// thread a column of H goes through all outputs, so that no two threads add to one place and the order of the additions is
-// always the same.
+// thread a column of H goes through a part of the outputs, and where there are several parts a second kernel adds them. How
+// many depends on the sizes alone, and no two threads add to one place: the order of the additions is always the same.
 //
 // On a GPU an index outside [0, S), or a segment that does not lie in hidden, scores NaN and has no gradient.
 #include "cuda/head_tensors.h"
@@ -12,6 +12,8 @@ namespace lsc {
 namespace cuda {
 
 constexpr int kHeadThreads = 128;
+constexpr int64_t kOutputsPerPart = 64;
+constexpr int64_t kMostSums = 1 << 20;  // several times the threads of a large GPU, and 8 MB
 
 struct HeadBackward {
   HiddenRows hidden;
@@ -22,7 +24,14 @@ struct HeadBackward {
   int64_t* find;         // the same, to be written
   void* to_hidden;
   float *to_weight, *to_bias;
+  int64_t parts;
+  double* sums;  // [parts, cells], where there are several parts
+
+  // The weights and biases of a property are neighbours: [K, H + 1].
+  LSC_FN int64_t cells() const { return properties * (hidden.width + 1); }
 };
+
+static LSC_FN int64_t blocks_of(int64_t cells) { return (cells + kHeadThreads - 1) / kHeadThreads; }
 
 LSC_KERNEL(kHeadThreads, 4) head_forward(LSC_ARGUMENT HeadForward a) {
   score_output(block_memory<HeadMemory<kHeadThreads>>(), a, block_index());
@@ -60,24 +69,46 @@ LSC_KERNEL(kHeadThreads, 4) head_to_hidden(LSC_ARGUMENT HeadBackward a) {
   }
 }
 
-// Column `width` stands for the bias.
+LSC_DEVICE void write_cell(const HeadBackward& a, int64_t cell, double sum) {
+  const int64_t width = a.hidden.width, k = cell / (width + 1), h = cell % (width + 1);
+  if (h < width) {
+    if (a.to_weight) a.to_weight[k * width + h] = float(sum);
+  } else if (a.to_bias) {
+    a.to_bias[k] = float(sum);
+  }
+}
+
 LSC_KERNEL(kHeadThreads, 4) head_to_weight(LSC_ARGUMENT HeadBackward a) {
-  const int64_t width = a.hidden.width, columns = width + 1, i = block_index() * kHeadThreads + thread_index();
-  if (i >= columns * a.properties) return;
-  const int64_t k = i / columns, h = i % columns;
+  const int64_t width = a.hidden.width, cells = a.cells(), blocks = blocks_of(cells);
+  const int64_t part = block_index() / blocks, cell = block_index() % blocks * kHeadThreads + thread_index();
+  if (cell >= cells) return;
+  const int64_t k = cell / (width + 1), h = cell % (width + 1);
   double sum = 0;
-  for (int64_t output = 0; output < a.outputs; ++output) {
+  for (int64_t output = a.outputs * part / a.parts; output < a.outputs * (part + 1) / a.parts; ++output) {
     const float upstream = a.grad[output * a.properties + k];
     // a row without upstream gradient counts for nothing, even if it holds NaN
     if (a.found[output] < 0 || upstream == 0) continue;
     sum += h == width ? double(upstream)
                       : double(upstream) * load_one(a.hidden.dtype, a.hidden.data, hidden_offset(a.hidden, a.found[output]) + h * a.hidden.column_stride);
   }
-  if (h < width) {
-    if (a.to_weight) a.to_weight[k * width + h] = float(sum);
-  } else if (a.to_bias) {
-    a.to_bias[k] = float(sum);
+  if (a.parts > 1) {
+    a.sums[part * cells + cell] = sum;
+  } else {
+    write_cell(a, cell, sum);
   }
+}
+
+LSC_KERNEL(kHeadThreads, 4) head_add_parts(LSC_ARGUMENT HeadBackward a) {
+  const int64_t cells = a.cells(), cell = block_index() * kHeadThreads + thread_index();
+  if (cell >= cells) return;
+  double sum = 0;
+  for (int64_t part = 0; part < a.parts; ++part) sum += a.sums[part * cells + cell];
+  write_cell(a, cell, sum);
+}
+
+static int64_t parts_of(int64_t outputs, int64_t cells) {
+  const int64_t wanted = (outputs + kOutputsPerPart - 1) / kOutputsPerPart, most = cells ? kMostSums / cells : 1;
+  return std::max<int64_t>(1, std::min(wanted, most));
 }
 
 static Tensor forward(
@@ -112,10 +143,17 @@ static std::tuple<Tensor, Tensor, Tensor> backward(
   for (int64_t d = 0; d + 1 < hidden.dim(); ++d) hidden_rows_count *= hidden.size(d);
   HeadBackward a{hidden_rows(rows), positions.kernel, outputs, properties, hidden_rows_count, floats(weights), floats(upstream),
                  static_cast<const int64_t*>(found.data_ptr()), static_cast<int64_t*>(found.data_ptr()), to_hidden.data_ptr(),
-                 want_weight ? floats(to_weight) : nullptr, want_bias ? floats(to_bias) : nullptr};
+                 want_weight ? floats(to_weight) : nullptr, want_bias ? floats(to_bias) : nullptr, 1, nullptr};
   launch(&head_find, outputs, kHeadThreads, hidden, a);
   if (want_hidden) launch(&head_to_hidden, hidden_rows_count, kHeadThreads, hidden, a);
-  if (want_weight || want_bias) launch(&head_to_weight, ((width + 1) * properties + kHeadThreads - 1) / kHeadThreads, kHeadThreads, hidden, a);
+  if (want_weight || want_bias) {
+    a.parts = parts_of(outputs, a.cells());
+    const int64_t count = a.parts > 1 ? a.parts * a.cells() : 0;
+    const Tensor sums = empty_on(hidden, Sizes(&count, 1), torch::headeronly::ScalarType::Double);
+    a.sums = static_cast<double*>(sums.data_ptr());
+    launch(&head_to_weight, a.parts * blocks_of(a.cells()), kHeadThreads, hidden, a);
+    if (a.parts > 1) launch(&head_add_parts, blocks_of(a.cells()), kHeadThreads, hidden, a);
+  }
   return {to_hidden, to_weight, to_bias};
 }
 

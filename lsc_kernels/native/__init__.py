@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Final
 
@@ -46,8 +47,9 @@ def _uncovered() -> str | None:
     return None
 
 
+@functools.cache
 def ops(device_type: str) -> dict[str, ModuleType]:
-    """The ops that have a compiled kernel for a device."""
+    """The ops that have a compiled kernel for a device. The dispatcher takes milliseconds to list its own."""
     if device_type == "cpu":
         return OPS
     key, registered = device_type.upper(), set(torch._C._dispatch_get_all_op_names())

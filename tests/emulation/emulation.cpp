@@ -78,11 +78,20 @@ struct Context {
 
 enum class State { ready, in_warp, in_block, done };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  uint64_t batch;
+};
+
 struct Fiber {
   Context context;
   State state;
   Place place;
   char* stack = nullptr;
+  std::vector<Copy> copies;  // under way, in order
+  uint64_t batch = 0;        // the one that copies join
 };
 
 struct Warp {
@@ -172,6 +181,7 @@ void Machine::run_block(const std::vector<unsigned>& order, size_t used) {
   for (unsigned i = 0; i < threads; ++i) {
     fibers[i].context.prepare(fibers[i].stack, kStackBytes, &Machine::entry);
     fibers[i].state = State::ready;
+    fibers[i].copies.clear(), fibers[i].batch = 0;
   }
   while (done < threads) {
     bool progress = false;
@@ -250,6 +260,24 @@ void* block_memory(size_t bytes) {
   // the most that any kernel has asked for: what is filled with NaN before a block
   block_memory_used = std::max(block_memory_used, bytes);
   return machine().memory.data();
+}
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  Fiber& self = machine().fibers[machine().current];
+  for (const Copy& other : self.copies) {
+    if (other.to == to) throw std::logic_error("two copies to one place are under way");
+  }
+  std::memset(to, 0xff, bytes);
+  self.copies.push_back({to, from, bytes, self.batch});
+}
+
+void end_batch() { ++machine().fibers[machine().current].batch; }
+
+void wait_batches(uint64_t under_way) {
+  Fiber& self = machine().fibers[machine().current];
+  auto copy = self.copies.begin();
+  for (; copy != self.copies.end() && copy->batch + under_way < self.batch; ++copy) std::memcpy(copy->to, copy->from, copy->bytes);
+  self.copies.erase(self.copies.begin(), copy);
 }
 
 void run(int64_t blocks, unsigned threads, const std::function<void()>& body) {

@@ -5,7 +5,8 @@
 // turn is ascending, or a permutation drawn from a seed: a result that depends on it is a missing barrier.
 //
 // What is reported as an error instead of being waited for: lanes of a warp that meet in different collectives, and
-// threads that wait where others have left. Shared memory is filled with NaN before each block.
+// threads that wait where others have left. Shared memory is filled with NaN before each block, and so is the target of an
+// asynchronous copy until its batch has been waited for: what is read too early, or written over too early, shows.
 #pragma once
 
 #include <cstddef>
@@ -34,6 +35,11 @@ void sync_block(const Place& place);
 const Slot* exchange(const void* value, size_t bytes, const Place& place);
 // Memory that the threads of a block share.
 void* block_memory(size_t bytes);
+
+// A thread's own copies: in batches, each of which is there once at most so many later ones are under way.
+void copy_later(void* to, const void* from, size_t bytes);
+void end_batch();
+void wait_batches(uint64_t under_way);
 
 // body() once for every thread of every block.
 void run(int64_t blocks, unsigned threads, const std::function<void()>& body);
