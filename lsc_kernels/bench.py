@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,8 +21,11 @@ import lsc_kernels
 from lsc_kernels import info
 from lsc_kernels.demo import speed
 from lsc_kernels.errors import UserError
+from lsc_kernels.options import check_seed, check_threads
+from lsc_kernels.score.batching import out_of_memory
 
 READ_BYTES = 256 * 2**20
+BYTES = 32  # of each logit at the least: both models' in fp32, and three tensors of the fp64 truth
 WAYS = {speed.OURS: 0, speed.COMPILED: 1, speed.EAGER: 2}
 
 
@@ -46,16 +50,25 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; 0.
 
     Raises:
-        UserError: an option that is not a positive number.
+        UserError: an option that is not a positive number, or too large for this machine.
     """
-    for option in ("rows", "vocab", "repeats", "threads"):
+    for option in ("rows", "vocab", "repeats"):
         value = getattr(args, option)
-        if value is not None and value < 1:
+        if value < 1:
             raise UserError(f"--{option} {value}: wants at least 1")
+    check_threads(args.threads)
+    check_seed(args.seed)
+    check_memory(args.rows, args.vocab)
     if args.threads:
         torch.set_num_threads(args.threads)
     bandwidth = read_bandwidth()
-    cells = speed.measure(speed.Shape(args.rows, args.vocab, args.repeats, not args.no_compile), args.seed)
+    shape = speed.Shape(args.rows, args.vocab, args.repeats, not args.no_compile)
+    try:
+        cells = speed.measure(shape, args.seed)
+    except RuntimeError as problem:
+        if not out_of_memory(problem):
+            raise
+        raise UserError(f"--rows {args.rows} --vocab {args.vocab}: do not fit into memory") from problem
     if args.json:
         machine = {key: info.collect()[key] for key in ("versions", "cpu", "cuda", "backends", "backend")}
         result = {"rows": args.rows, "vocab": args.vocab, "read_bytes_per_second": bandwidth, **machine}
@@ -63,6 +76,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(render(cells, args.rows, args.vocab, bandwidth))
     return 0
+
+
+def check_memory(rows: int, vocab: int) -> None:
+    """Refuse at once what this machine cannot hold: a system that gives memory on trust ends the process instead.
+
+    Raises:
+        UserError: the least that is needed is more than there is.
+    """
+    needed = rows * vocab * BYTES
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
+    if needed > there:
+        raise UserError(
+            f"--rows {rows} --vocab {vocab}: need {needed / 1e9:.0f} GB at least; this machine has {there / 1e9:.0f} GB"
+        )
 
 
 def read_bandwidth() -> float:

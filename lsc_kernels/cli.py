@@ -18,6 +18,7 @@ from typing import NoReturn
 import lsc_kernels
 from lsc_kernels.errors import UserError
 from lsc_kernels.extras import EXTRA_OF, MissingExtra
+from lsc_kernels.options import check_seed, check_threads
 
 # What `--help` says of each, beside its name; it lives in the module lsc_kernels.<name>.
 COMMANDS = {
@@ -48,12 +49,22 @@ def build_parser(command: str | None) -> Parser:
         if name == command:
             module = importlib.import_module(f"lsc_kernels.{name}")
             module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
+            subparser.set_defaults(run=module.run, parser=subparser)
     return parser
+
+
+def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse; an option that a subcommand does not know is told by the subcommand, whose help lists those it knows."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def check_environment() -> None:
     """Refuse a wrong ``LSC_KERNELS_...`` variable, which an import lets pass until the first op is called."""
+    if lsc_kernels.WITHOUT_TORCH is not None:
+        return
     try:
         lsc_kernels.get_backend()
     except ValueError as error:
@@ -78,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else None
     try:
-        args = build_parser(command).parse_args(argv)
+        if lsc_kernels.WITHOUT_TORCH is not None and command in COMMANDS and command != "info":
+            raise UserError(lsc_kernels.WITHOUT_TORCH)
+        args = parse(build_parser(command), argv)
+        check_threads(getattr(args, "threads", None))
+        check_seed(getattr(args, "seed", None))
         check_environment()
         code: int = args.run(args)
         sys.stdout.flush()

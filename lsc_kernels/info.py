@@ -14,10 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-import torch
-
 import lsc_kernels
-from lsc_kernels import native
 
 DISTRIBUTION = "lsc-kernels"
 
@@ -53,16 +50,34 @@ def collect() -> dict[str, Any]:
         >>> facts["backends"]["cpu"]["eager"]
         'available'
     """
-    extension: Any = importlib.import_module("lsc_kernels._C") if native.UNAVAILABLE is None else None
     return {
         "versions": {
             "lsc_kernels": lsc_kernels.__version__,
-            "torch": torch.__version__,
+            "torch": None if lsc_kernels.WITHOUT_TORCH else importlib.import_module("torch").__version__,
             "numpy": version("numpy"),
             "python": platform.python_version(),
             "platform": platform.platform(),
         },
         "location": str(Path(lsc_kernels.__file__).parent),
+        **({} if lsc_kernels.WITHOUT_TORCH else kernels()),
+        "extras": {
+            extra: {module: version(module) for module in modules} for extra, modules in EXTRA_MODULES.items()
+        },
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith("LSC_KERNELS_")
+        },
+        "advice": advice(),
+    }
+
+
+def kernels() -> dict[str, Any]:
+    """What of the report only torch knows."""
+    import torch
+
+    from lsc_kernels import native
+
+    extension: Any = importlib.import_module("lsc_kernels._C") if native.UNAVAILABLE is None else None
+    return {
         "backends": lsc_kernels.backends(),
         "backend": lsc_kernels.get_backend(),
         "cpu": {
@@ -80,13 +95,6 @@ def collect() -> dict[str, Any]:
             "why_not": native.UNAVAILABLE,
             "build": extension.build_info() if extension else None,
         },
-        "extras": {
-            extra: {module: version(module) for module in modules} for extra, modules in EXTRA_MODULES.items()
-        },
-        "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith("LSC_KERNELS_")
-        },
-        "advice": advice(),
     }
 
 
@@ -103,7 +111,9 @@ def version(module: str) -> str | None:
 def advice() -> list[str]:
     """One line for each thing that is missing, with the command that brings it."""
     lines = []
-    if native.UNAVAILABLE is not None:
+    if lsc_kernels.WITHOUT_TORCH is not None:
+        lines.append(lsc_kernels.WITHOUT_TORCH)
+    elif importlib.import_module("lsc_kernels.native").UNAVAILABLE is not None:
         lines.append(
             "Compiled CPU kernels: with torch installed and a C++20 compiler (Debian, Ubuntu: "
             "apt install g++ python3-dev): "
@@ -131,28 +141,14 @@ def source() -> str:
 
 def render(facts: dict[str, Any]) -> str:
     """The report as text."""
-    versions, cpu, cuda = facts["versions"], facts["cpu"], facts["cuda"]
+    versions = facts["versions"]
     rows: list[tuple[str, str]] = [
         ("lsc_kernels", f"{versions['lsc_kernels']} in {facts['location']}"),
-        ("torch, numpy", f"{versions['torch']}, {versions['numpy']}"),
+        ("torch, numpy", f"{versions['torch'] or 'missing'}, {versions['numpy'] or 'missing'}"),
         ("Python", f"{versions['python']} on {versions['platform']}"),
         ("", ""),
+        *(kernel_rows(facts) if "backends" in facts else []),
     ]
-    for device, served in facts["backends"].items():
-        rows += [(f"{device}: {backend}", status) for backend, status in served.items()]
-    rows += [
-        ("backend asked for", facts["backend"]),
-        ("", ""),
-        ("instruction set", instruction_sets(cpu)),
-        ("threads", f"{cpu['threads']} (torch.set_num_threads changes it)"),
-        ("CUDA architectures", ", ".join(cuda["architectures"]) or "none built"),
-        ("CUDA devices", ", ".join(cuda["devices"]) or "none seen by torch"),
-    ]
-    if facts["extension"]["available"]:
-        build = facts["extension"]["build"]
-        built_with = f"built by {build['compiler']} with the headers of torch {build['torch_headers']}"
-        rows.append(("extension", f"{built_with}, for torch >= {build['torch_minimum']}"))
-    rows.append(("", ""))
     for extra, modules in facts["extras"].items():
         rows.append(
             (
@@ -166,6 +162,29 @@ def render(facts: dict[str, Any]) -> str:
     if facts["advice"]:
         text += ["", "How to get what is missing"] + [f"  {line}" for line in facts["advice"]]
     return "\n".join(text)
+
+
+def kernel_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines on backends and devices."""
+    cpu, cuda = facts["cpu"], facts["cuda"]
+    rows = [
+        (f"{device}: {backend}", status)
+        for device, served in facts["backends"].items()
+        for backend, status in served.items()
+    ]
+    rows += [
+        ("backend asked for", facts["backend"]),
+        ("", ""),
+        ("instruction set", instruction_sets(cpu)),
+        ("threads", f"{cpu['threads']} (torch.set_num_threads changes it)"),
+        ("CUDA architectures", ", ".join(cuda["architectures"]) or "none built"),
+        ("CUDA devices", ", ".join(cuda["devices"]) or "none seen by torch"),
+    ]
+    if facts["extension"]["available"]:
+        build = facts["extension"]["build"]
+        built_with = f"built by {build['compiler']} with the headers of torch {build['torch_headers']}"
+        rows.append(("extension", f"{built_with}, for torch >= {build['torch_minimum']}"))
+    return [*rows, ("", "")]
 
 
 def instruction_sets(cpu: dict[str, Any]) -> str:

@@ -6,7 +6,9 @@ per property (wide: what ``lsc-kernels score`` writes).
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ from typing import Any
 from .errors import UserError
 from .extras import load
 from .reference.rows import WIDE
+from .wording import first_line
 
 READERS = {".parquet": "read_parquet", ".jsonl": "read_json", ".ndjson": "read_json", ".csv": "read_csv"}
 OPTIONS = {
@@ -95,6 +98,7 @@ def engine(
     threads: int | None = None,
     temp: str | os.PathLike[str] | None = None,
     progress: Callable[[str, float], None] | None = None,
+    reading: Sequence[str] = (),
 ) -> Iterator[Engine]:
     """A DuckDB of its own, whose errors are the user's to read.
 
@@ -103,6 +107,7 @@ def engine(
         threads: CPU threads.
         temp: folder for what does not fit into memory. None: the system's.
         progress: called with what is being done and how much of it is, in [0, 1].
+        reading: the files or patterns that are read, for errors.
 
     Raises:
         UserError: a query or an option that cannot be used, in one line.
@@ -118,7 +123,16 @@ def engine(
             _settings(connection, name, memory, threads)
             yield Engine(connection, progress or (lambda doing, share: None))
     except duckdb.Error as problem:
-        raise UserError(first_line(problem)) from problem
+        raise UserError(_explained(problem, reading)) from problem
+
+
+def _explained(problem: Exception, reading: Sequence[str]) -> str:
+    """DuckDB's error with the file in front, and without the name of its class."""
+    text = re.sub(r"^[A-Z]\w+( \w+)* Error: ", "", first_line(problem))
+    named = [path for path in re.findall(r"""["']([^"']+)["']|: (\S+)$""", text)]
+    files = [path for path in map("".join, named) if Path(path).is_file()]
+    where = files[0] if files else ", ".join(reading)
+    return f"{where}: {text}" if where else text
 
 
 def _settings(connection: Any, folder: str, memory: str | None, threads: int | None) -> None:
@@ -145,11 +159,11 @@ def open_scores(
 ) -> tuple[Source, dict[str, str]]:
     """What the files hold, and the types of their columns by name."""
     reader, *others = {READERS.get(_kind(path), "") for path in paths}
-    if others or not reader:
+    if "" not in paths and (others or not reader):
         raise UserError(f"{paths[0]}: wants files of one kind, ending in {', '.join(READERS)}")
     for path in paths:
         if not any(mark in path for mark in "*?[") and not Path(path).is_file():
-            raise UserError(f"{path}: there is no such file")
+            raise UserError(f"{path or repr(path)}: there is no such file")
     relation = f"{reader}([{', '.join(map(sql_text, paths))}]{OPTIONS[reader]})"
     columns = {name: kind for name, kind, *_ in engine.rows(f"DESCRIBE SELECT * FROM {relation}")}
     found = tuple(name[len(WIDE) :] for name in columns if name.startswith(WIDE))
@@ -178,6 +192,11 @@ def open_scores(
     return Source(relation, tuple(properties or names), bool(found)), columns
 
 
+def files_of(paths: Sequence[str]) -> list[Path]:
+    """The files that paths and patterns stand for, of those that are there."""
+    return [Path(found) for path in paths for found in (path, *glob.glob(path, recursive=True)) if found]
+
+
 def _kind(path: str) -> str:
     return Path(path.lower().removesuffix(".gz")).suffix
 
@@ -188,7 +207,3 @@ def sql_name(column: str) -> str:
 
 def sql_text(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
-
-
-def first_line(problem: BaseException) -> str:
-    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)

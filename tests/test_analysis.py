@@ -475,6 +475,15 @@ def test_results_as_tables(scores: Tensor) -> None:
         assert all(word in text for word in expected), text
 
 
+def test_names_that_look_like_markup(generator: torch.Generator) -> None:
+    rich = pytest.importorskip("rich.console")
+    names = ["[/a]", "[red]b"]
+    console = rich.Console(width=140, record=True, file=open("/dev/null", "w"))
+    console.print(diagnose(torch.randn(50, 2, generator=generator), 1.0, names=names).table())
+    text = console.export_text()
+    assert all(name in text for name in names), text
+
+
 def test_results_as_figures(scores: Tensor) -> None:
     pytest.importorskip("matplotlib")
     for result in results(scores):

@@ -221,14 +221,34 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command, "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("given", ["scores.parquet", "link.parquet", "*.parquet"])
+def test_the_scores_are_not_written_over(
+    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "scores.parquet", {"prompt": ["a"], "score_x": [1.0]})
+    (tmp_path / "link.parquet").symlink_to(path)
+    before = path.read_bytes()
+    assert cli.main(["calibrate", str(tmp_path / given), "--out", str(path), "--overwrite"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and f"--out {path}: is what the command reads" in error
+    assert path.read_bytes() == before
+
+
+def test_names_that_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "scores.parquet", {"prompt": ["a"], "score_[/b]": [1.0]})
+    assert cli.main(["calibrate", str(path), "--out", str(tmp_path / "refs.parquet")]) == 0
+    told = capsys.readouterr().out
+    assert "[/b]" in told and "1 prompt, 1 score:" in told
+
+
 @pytest.mark.parametrize(
     ("columns", "options", "words"),
     [
         (None, [], "nowhere.parquet: there is no such file"),
         ({"text": ["a"]}, [], "wants columns prompt, property, score, or prompt and score_NAME; has text"),
         ({"prompt": [["a"]], "score_x": [1.0]}, [], "the column prompt wants text; it is VARCHAR[]"),
-        ({"prompt": ["a"], "score_x": ["good"]}, [], "'good'"),
-        ({"prompt": ["a", None], "score_x": [1.0, 2.0]}, [], "1 of 2 rows have no prompt"),
+        ({"prompt": ["a"], "score_x": ["good"]}, [], "scores.parquet: Could not convert string 'good'"),
+        ({"prompt": ["a", None], "score_x": [1.0, 2.0]}, [], "scores.parquet: 1 of 2 rows have no prompt"),
         ({"prompt": ["a"], "score_x": [math.nan]}, [], "property 'x' has no score"),
         ({"prompt": ["a"], "score_x": [1.0]}, ["--names", "y"], "no property 'y'; it has x"),
         (
@@ -249,6 +269,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "--memory much: wants a size such as 4GB",
         ),
         ({"prompt": ["a"], "score_x": [1.0]}, ["--out", "."], "is a folder"),
+        ({"prompt": ["a"], "score_x": [1.0]}, ["--threads", "100000"], "--threads 100000: wants at most"),
         ({"prompt": [], "score_x": []}, [], "prompt wants text; it is"),
     ],
 )
@@ -287,7 +308,8 @@ def test_damaged_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         path = tmp_path / name
         assert cli.main(["calibrate", str(path), "--out", str(tmp_path / "refs.parquet")]) == 2
         error = capsys.readouterr().err
-        assert len(error.splitlines()) == 1 and name in error
+        assert len(error.splitlines()) == 1
+        assert error.startswith(f"lsc-kernels calibrate: error: {path}: ") and "Error:" not in error
 
 
 # ---- Ray ------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_unknown_backend() -> None:
     [
         ((), ["COMMAND"]),
         (("calibrate-all",), ["'calibrate-all'", "score"]),
-        (("info", "--yaml"), ["--yaml"]),
+        (("info", "--yaml"), ["--yaml", "`lsc-kernels info --help`"]),
     ],
 )
 def test_wrong_arguments(args: tuple[str, ...], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +159,67 @@ def test_bench_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_wants_positive_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--vocab", "0"]) == 2
     assert capsys.readouterr().err == "lsc-kernels bench: error: --vocab 0: wants at least 1\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["bench", "--rows", "1000000000"], "--rows 1000000000 --vocab 128256: need 4104192 GB at least"),
+        (["bench", "--seed", "9" * 23], "wants a number from"),
+        (["demo", "--seed", "9" * 23], "wants a number from"),
+        (["bench", "--threads", "100000"], "--threads 100000: wants at most"),
+        (["demo", "--threads", "100000"], "--threads 100000: wants at most"),
+    ],
+)
+def test_numbers_beyond_this_machine(
+    given: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(given) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1
+
+
+def test_bench_that_finds_too_little_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lsc_kernels.demo import speed
+
+    def full(*_: object) -> None:
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
+        )
+
+    monkeypatch.setattr(speed, "measure", full)
+    assert cli.main(BENCH) == 2
+    assert "--rows 3 --vocab 50: do not fit into memory" in capsys.readouterr().err
+
+
+def without_torch(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python where importing torch fails as if it were not installed."""
+    code = f"import sys; sys.modules['torch'] = None; {code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_without_torch_info_says_how_to_get_it() -> None:
+    for options in ([], ["--json"]):
+        done = without_torch(f"from lsc_kernels.cli import main; sys.exit(main({['info', *options]}))")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "" and "pip install 'torch>=2.11'" in done.stdout
+    facts = json.loads(done.stdout)
+    assert facts["versions"]["torch"] is None and facts["versions"]["lsc_kernels"] == lk.__version__
+
+
+@pytest.mark.parametrize("command", sorted({*cli.COMMANDS} - {"info"}))
+def test_without_torch_other_commands_say_so(command: str) -> None:
+    done = without_torch(f"from lsc_kernels.cli import main; sys.exit(main(['{command}', '--help']))")
+    assert_user_error(done, f"lsc-kernels {command}: error: lsc_kernels needs torch", "pip install")
+
+
+def test_without_torch_the_library_says_so() -> None:
+    for code in ("from lsc_kernels import token_kl", "import lsc_kernels as lk; lk.nn"):
+        done = without_torch(code)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("ImportError: lsc_kernels needs torch")
 
 
 def call_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -245,6 +245,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "diagnosis/properties/helpful/underfit" in kept
 
 
+def test_names_that_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    columns = {name.replace("helpful", "[/b]"): values for name, values in wide(1, 40, seed=9).items()}
+    path = write(tmp_path / "scores.parquet", columns)
+    plots = ["--plot", str(tmp_path / "plan.png")]
+    assert cli.main(["plan", path, "--kl-budget", "0.5", "--methods", "lsc", *plots]) == 0
+    told = capsys.readouterr().out
+    assert "[/b]: reference" in told and "to 1 prompt." in told
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -252,11 +261,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--kl-budget", "9"], "--kl-budget 9: these samples show a KL of"),
         (["--methods", "raw,best"], "--methods best: wants some of raw,lsc"),
         (["--scale", "1,2,3"], "--scale: 3 values for 2 properties"),
-        (["--scale", "0"], "scale must be finite and > 0"),
+        (["--scale", "0"], "--scale 0.0: wants finite numbers above 0"),
         (["--names", "kind"], "has no property 'kind'"),
         (["--names", "helpful,helpful"], "--names: wants each property once; got helpful, helpful"),
         (["--weights=-1,1"], "weights must be finite and >= 0"),
-        (["--weights", "1,nan"], "weights must be finite and >= 0"),
+        (["--weights", "1,nan"], "--weights 1.0,nan: wants finite numbers"),
         (["--kl-budget", "inf"], "--kl-budget inf: wants a number of nats above 0"),
         (["--reference", "column:x"], "wants a number, quantile:Q"),
         (["--reference", "canned:x"], "wants a number, quantile:Q"),
@@ -264,7 +273,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--plot", "plan.doc"], "--plot plan.doc: wants a name ending in"),
         (["--formula", "helpful & kind"], "kind"),
         (["--formula", "helpful &"], "--formula 'helpful &': "),
-        (["--json", "."], "--json .: cannot be written"),
+        (["--json", "."], "--json .: is a folder"),
+        (["--json", "scores.parquet"], "--json scores.parquet: is what the command reads"),
+        (["--json", "other.csv"], "--json other.csv: is there already and holds no JSON object"),
+        (["--json", "plan.svg", "--plot", "plan.svg"], "is what --plot writes too"),
+        (["--reference", "refs.parquet", "--json", "refs.parquet"], "is what --reference reads"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -276,10 +289,14 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "scores.parquet", wide(10, 5, seed=7))
+    for name in ("other.csv", "refs.parquet"):
+        (tmp_path / name).write_text("mine")
+    kept = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert cli.main(["plan", path, "--kl-budget", "1", *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("lsc-kernels plan: error: ") and len(error.splitlines()) == 1, error
     assert words in error
+    assert all((tmp_path / name).read_bytes() == content for name, content in kept.items())
 
 
 @pytest.mark.parametrize(
@@ -287,7 +304,7 @@ def test_mistakes_are_one_line(
     [
         ({"text": ["a"]}, "wants columns prompt, property, score"),
         ({"prompt": ["a"], "score_x": [None]}, "score"),
-        ({"prompt": ["a"], "score_x": [math.inf]}, "1 scores are infinite"),
+        ({"prompt": ["a"], "score_x": [math.inf]}, "1 score is infinite"),
         ({"prompt": ["a", "b"], "score_x": [1.0, None], "score_y": [None, 1.0]}, "no response has a score"),
     ],
 )

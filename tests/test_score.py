@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
+import io
 import json
 import math
 import os
@@ -20,9 +21,11 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,10 +39,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tokenizers
 import transformers
+from rich.console import Console
 
-from lsc_kernels import errors
+from lsc_kernels import errors, files
 from lsc_kernels.cli import main
-from lsc_kernels.score import ScoreConfig, batching, data, encode, extras, pipeline
+from lsc_kernels.score import ScoreConfig, batching, data, encode, extras, pipeline, progress
 from lsc_kernels.score import models as score_models
 
 CLOSE = {"rtol": 2e-6, "atol": 2e-6}
@@ -428,6 +432,7 @@ def chat(*turns: str) -> list[dict[str, str]]:
     return [{"role": "user" if i % 2 == 0 else "assistant", "content": t} for i, t in enumerate(turns)]
 
 
+HALF = "\ud83d"  # a lone surrogate: what a text cut in the middle of a character may end in
 PROMPT, YES, NO = "\n\nHuman: why?\n\nAssistant:", " because", " no"
 
 
@@ -485,7 +490,7 @@ def test_kinds_of_record(record: dict[str, Any], rows: list[tuple[Any, Any, str]
         ({"response": "a"}, "no prompt"),
         ({"text": "a"}, "neither prompt and response"),
         ({"prompt": "a", "response": " \n"}, "response is empty"),
-        ({"prompt": "a", "response": 3}, "response is not a list of messages but int"),
+        ({"prompt": "a", "response": 3}, "response is neither text nor a list of messages"),
         ({"chosen": "a"}, "chosen but no rejected"),
         ({"chosen": "a", "rejected": "b"}, "share no beginning"),
         ({"chosen": dialogue("a", "b"), "rejected": dialogue("a", "")}, "rejected response is empty"),
@@ -495,6 +500,12 @@ def test_kinds_of_record(record: dict[str, Any], rows: list[tuple[Any, Any, str]
         ({"messages": [{"role": "user"}, *chat("", "b")[1:]]}, "content of a message is not text"),
         ({"messages": ["a"]}, "a role and a content"),
         ({"prompt": [], "response": "a"}, "prompt is empty"),
+        ({"messages": 1}, "messages is no list of messages"),
+        ({"prompt": "a", "response": HALF}, "response holds half a character"),
+        ({"prompt": HALF, "response": "a"}, "prompt holds half a character"),
+        ({"prompt": chat(HALF), "response": "a"}, "prompt holds half a character"),
+        ({"id": HALF, "prompt": "a", "response": "a"}, "id holds half a character"),
+        ({"prompt": "a", "chosen": "a", "rejected": HALF}, "rejected holds half a character"),
     ],
 )
 def test_records_that_cannot_be_scored(record: Any, says: str) -> None:
@@ -521,6 +532,34 @@ def test_all_sources_read_the_same(tmp_path: Path) -> None:
         assert list(data.Data(source)) == expected, source
     with pytest.raises(errors.UserError, match="several splits.*test"):
         data.Data(tmp_path / "splits")
+
+
+def test_a_reference_beyond_single_precision_is_told() -> None:
+    for value in (1e300, 10**400):
+        with pytest.raises(data.BadRecord, match="holds a number beyond 1e.12"):
+            data.examples_of(1, {"prompt": "a", "response": "b", "bar": value}, ["bar"])
+
+
+@pytest.mark.parametrize(
+    "before",
+    [b" " * 3000, b"\xef\xbb\xbf", b"\xef\xbb\xbf" + b"\n" * 99],
+    ids=["white space", "byte order mark", "both"],
+)
+def test_an_array_behind_white_space_or_a_byte_order_mark(tmp_path: Path, before: bytes) -> None:
+    records = some_records(3)
+    (tmp_path / "d.json").write_bytes(before + json.dumps(records).encode())
+    assert list(data.Data(tmp_path / "d.json")) == list(data.Data(records))
+
+
+def test_a_damaged_archive_is_one_line(tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress("".join(map(json.dumps, some_records(400))).encode(), mtime=0))
+    middle = len(packed) // 2
+    packed[middle : middle + 40] = bytes(255 - byte for byte in packed[middle : middle + 40])
+    with pytest.raises(zlib.error):
+        zlib.decompress(packed, wbits=31)
+    (tmp_path / "d.jsonl.gz").write_bytes(packed)
+    with pytest.raises(errors.UserError, match=r"d\.jsonl\.gz: cannot be read after line"):
+        data.Data(tmp_path / "d.jsonl.gz").scan()
 
 
 def test_limit_takes_the_first_or_a_random_sample_in_order() -> None:
@@ -662,7 +701,7 @@ def test_cutting_is_counted_and_told(zoo: Zoo, tmp_path: Path, capsys: pytest.Ca
     rows = score(zoo, source, tmp_path / "o.parquet", "--max-length", "20")
     assert [row["prompt_tokens_cut"] for row in rows] == [50 + 3 - 20, 0]
     assert [len(row["token_ids"]) for row in rows] == [3, 3]
-    assert "cut: 1 prompts, 1 reward model texts" in capsys.readouterr().out
+    assert "cut: 1 prompt, 1 reward model text\n" in capsys.readouterr().out
 
 
 # Batches
@@ -877,9 +916,10 @@ def test_two_runs_do_not_write_the_same_output(
         (["--policy", "{tmp}/junk"], "--policy {tmp}/junk: cannot be loaded"),
         (["--reward-model", "{policy}"], "the checkpoint lacks score.weight"),
         (["--policy", "{bert}"], "the checkpoint lacks"),
+        (["--policy", "{gpt2}"], "is a reward model (GPT2ForSequenceClassification)"),
         (["--policy", "{chat}"], "has 259 logits and --ref {ref} 258"),
         (["--policy", "{other}"], "different vocabularies"),
-        (["--names", "a"], "1 names, but the reward models give 2 scores"),
+        (["--names", "a"], "1 name, but the reward models give 2 scores"),
         (["--names", "a,a"], "'a' comes twice"),
         (["--names", "a,"], "none of them empty"),
         (["--reference", "high"], "wants a number, quantile:Q"),
@@ -890,6 +930,17 @@ def test_two_runs_do_not_write_the_same_output(
         (["--reference", "column:bar"], "reference column 'bar' holds no finite number"),
         (["--scale", "0"], "wants finite numbers above 0"),
         (["--scale", "1,x"], "wants numbers with commas"),
+        (["--scale", "1e-300"], "wants finite numbers above 0, from 1e-12"),
+        (["--floor", "0.9999999999"], "below 1"),
+        (["--weights", "1e300"], "wants finite numbers, at most 1e+12"),
+        (["--reference", "1e300"], "wants a number of at most 1e+12"),
+        (["--reference", "canned:\udcff"], "is not UTF-8 text"),
+        (["--names", "a,\udcff"], "is not UTF-8 text"),
+        (["--temperature", "1e-300"], "--temperature 1e-300: wants a number above 0"),
+        (["--beta", "1e300"], "--beta 1e+300"),
+        (["--threads", "100000"], "--threads 100000: wants at most"),
+        (["--data", ""], "--data '': wants a name"),
+        (["--out", ""], "--out '': wants a name"),
         (["--floor", "1"], "below 1"),
         (["--weights", "1,2,3"], "3 values for 2 properties"),
         (["--weights", "nan"], "wants finite numbers"),
@@ -904,6 +955,7 @@ def test_two_runs_do_not_write_the_same_output(
         (["--resume", "--overwrite"], "contradict"),
         (["--device", "cuda:77"], "--device cuda:77: not available"),
         (["--device", "toaster"], "--device toaster: not available"),
+        (["--device", "meta"], "--device meta: not available"),
         (["--plot", "figure.doc"], "wants a name ending in .png"),
         (["--out", "{tmp}"], "is a folder"),
         (["--out", "{tmp}/d.jsonl/o.parquet"], "cannot be written"),
@@ -929,6 +981,43 @@ def test_mistakes_are_one_line_and_exit_code_2(
     line = user_error(capsys, [*command(zoo, tmp_path / "d.jsonl", tmp_path / "o.parquet"), *change][:None])
     assert says.format(**places) in line
     assert not (tmp_path / "o.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--out", "{tmp}/d.jsonl"], "is what --data reads"),
+        (["--data", "{tmp}/link.jsonl", "--out", "{tmp}/d.jsonl"], "is what --data reads"),
+        (["--out", "{tmp}/link.jsonl"], "is what --data reads"),
+        (["--data", "{tmp}/o.parquet.parts/d.jsonl"], "--out {tmp}/o.parquet.parts: is what --data reads"),
+        (["--policy", "{tmp}/model", "--out", "{tmp}/model/config.json"], "is what --policy reads"),
+        (["--data", "{tmp}/figure.png", "--plot", "{tmp}/figure.png"], "is what --data reads"),
+        (["--out", "{tmp}/figure.png", "--plot", "{tmp}/figure.png"], "is what --out writes too"),
+    ],
+)
+@pytest.mark.parametrize("given", ["--overwrite", "--resume"])
+def test_what_is_read_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], says: str, given: str
+) -> None:
+    """Told before anything is loaded: there are no models."""
+    (tmp_path / "o.parquet.parts").mkdir()
+    (tmp_path / "model").mkdir()
+    for name in ("d.jsonl", "o.parquet.parts/d.jsonl", "model/config.json", "figure.png"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "d.jsonl")
+    before = sorted(tmp_path.rglob("*"))
+    names = {"data": "d.jsonl", "out": "o.parquet", "policy": "p", "ref": "p", "reward-model": "r"}
+    options = [word for name, value in names.items() for word in (f"--{name}", str(tmp_path / value))]
+    line = user_error(capsys, ["score", *options, given, *(word.format(tmp=tmp_path) for word in change)])
+    assert says.format(tmp=tmp_path) in line
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all(path.read_text() == "{}" for path in before if path.is_file())
+
+
+def test_an_earlier_output_in_a_folder_that_is_read_is_no_input(tmp_path: Path) -> None:
+    out = tmp_path / "o.parquet"
+    out.touch()
+    files.check_outputs([("--out", out)], [("--data", tmp_path)])
 
 
 def test_missing_extras_are_named_with_the_command_that_brings_them(
@@ -1007,6 +1096,48 @@ def test_summary_figure_and_pairs(zoo: Zoo, tmp_path: Path, capsys: pytest.Captu
     assert math.isclose(summary.utility, column(rows, "utility").mean(), rel_tol=1e-6)
     figure = (tmp_path / "figure.png").read_bytes()
     assert figure.startswith(b"\x89PNG") and len(figure) > 20_000
+
+
+def test_brackets_are_no_markup(zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [{"prompt": "a", "response": " b", "bar": 1}, {"prompt": "a", "response": " b", "bar": "[/x]"}]
+    source = write_lines(tmp_path / "d.jsonl", records)
+    options = ["--names", "[/a],b", "--reference", "canned:no [/b]", "--reference", "column:bar"]
+    score(zoo, source, tmp_path / "o.parquet", *options)
+    shown = capsys.readouterr()
+    assert "holds no finite number but '[/x]': line 2" in shown.err
+    assert "references: [/a] canned:no [/b]; b column:bar" in shown.out
+    for words in ("1 row ", "1 of 2 records left out:", "scored 1 row in ", "written to "):
+        assert words in shown.out, shown.out
+
+
+def test_the_rate_counts_scoring_alone(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late, load_all = [0.0], pipeline._load_all
+
+    def slowly(*args: Any) -> Any:
+        late[0] += 1000.0
+        return load_all(*args)
+
+    monkeypatch.setattr(pipeline, "_load_all", slowly)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
+    monkeypatch.setattr(pipeline, "time", clock)
+    config = ScoreConfig(some_records(2), zoo.policy, zoo.ref, [zoo.llama], tmp_path / "o.parquet")
+    summary = pipeline.score(config, progress=False)
+    assert summary.scored_now == 2 and 0 < summary.seconds < 1000
+
+
+def test_time_is_left_once_it_is_known_how_much_there_is_to_do() -> None:
+    def shown(known: bool) -> str:
+        bar = progress.Progress(show=False)
+        bar.say("loading the models")
+        if known:
+            bar.begin(10, 100)
+        console = Console(file=io.StringIO(), width=200)
+        with console.capture() as captured:
+            console.print(bar._bar.make_tasks_table(bar._bar.tasks))
+        return captured.get().rstrip()
+
+    assert shown(known=False).endswith(" elapsed")
+    assert shown(known=True).endswith(" left") and " elapsed " in shown(known=True)
 
 
 def test_runs_as_a_process_and_keeps_its_output_apart(zoo: Zoo, tmp_path: Path) -> None:

@@ -53,15 +53,16 @@ def rich_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]
     Raises:
         MissingExtra: rich is not installed.
     """
+    text = load("rich.text", "reference").Text  # a name may hold what rich takes for markup
     table = load("rich.table", "reference").Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
         words = " ".join(row[number] for row in rows).split() if number else []
         table.add_column(
-            heading,
+            text(heading),
             justify="right" if number else "left",
             overflow="fold",
             min_width=max(map(len, words), default=1),
         )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(text, row))
     return table

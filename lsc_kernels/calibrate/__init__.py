@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import check_outputs
 from ..reference.quantile import METHODS
 
 __all__ = ["add_arguments", "run"]
@@ -68,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
         MissingExtra: a package is not installed.
     """
     from ..extras import load
+    from ..tables import files_of
 
+    out = Path(args.out)
+    check_outputs([("--out", out)], [("the command", path) for path in files_of(args.scores)])
     for module in ("duckdb", "pyarrow", "rich"):
         load(module, "reference")
     from rich.console import Console
@@ -76,9 +80,6 @@ def run(args: argparse.Namespace) -> int:
     from .query import calibrate
     from .report import Progress, summary
 
-    out = Path(args.out)
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; wants the name of a file")
     if out.exists() and not args.overwrite:
         raise UserError(f"--out {out}: is there already; --overwrite replaces it")
     try:
@@ -104,5 +105,5 @@ def run(args: argparse.Namespace) -> int:
         result.table.save(out)
     except OSError as problem:
         raise UserError(f"--out {out}: cannot be written: {problem.strerror}") from problem
-    Console(highlight=False).print(summary(result, out))
+    Console(highlight=False, markup=False).print(summary(result, out))
     return 0

@@ -16,10 +16,12 @@ from statistics import NormalDist
 import numpy as np
 
 from ..errors import UserError
+from ..options import check_threads
 from ..reference.quantile import METHODS
 from ..reference.rows import Level, pivot
 from ..reference.table import CANNED, ReferenceTable, stamp
 from ..tables import PROMPT_KEY, Engine, Source, engine, open_scores, sql_name
+from ..wording import counted
 
 POSITION = {
     "linear": "(n - 1) * {q}",
@@ -81,7 +83,7 @@ def calibrate(
     _check(q, method, min_samples, threads)
     q, method = (0.5, CANNED) if canned else (q, method)
     paths = [os.fspath(path) for path in ([scores] if isinstance(scores, (str, os.PathLike)) else scores)]
-    with engine(memory=memory, threads=threads, temp=temp, progress=progress) as running:
+    with engine(memory=memory, threads=threads, temp=temp, progress=progress, reading=paths) as running:
         return _calibrate(running, paths, q, method, properties, bucket, min_samples, model)
 
 
@@ -97,7 +99,7 @@ def _calibrate(
 ) -> Calibration:
     source, columns = open_scores(engine, paths, properties)
     bucketing, expression = _bucket(bucket, columns, source.relation)
-    rows = _check_prompts(engine, source.relation)
+    rows = _check_prompts(engine, source.relation, paths[0])
     engine.run(
         "reading",
         f"CREATE TEMP TABLE samples AS SELECT {PROMPT_KEY} AS key, bucket, property::SMALLINT AS property, score "
@@ -162,9 +164,9 @@ def _check(q: float, method: str, min_samples: int, threads: int | None) -> None
     inside = 0 < q < 1 if method == "gaussian" else 0 <= q <= 1
     if not inside:
         raise UserError(f"--quantile {q}: wants a number between 0 and 1")
-    for option, value in (("--min-samples", min_samples), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} {value}: wants at least 1")
+    if min_samples < 1:
+        raise UserError(f"--min-samples {min_samples}: wants at least 1")
+    check_threads(threads)
 
 
 def _bucket(bucket: str, columns: dict[str, str], relation: str) -> tuple[str, str]:
@@ -181,11 +183,11 @@ def _bucket(bucket: str, columns: dict[str, str], relation: str) -> tuple[str, s
     return "named", f"coalesce({sql_name(name)}::VARCHAR, '')"
 
 
-def _check_prompts(engine: Engine, relation: str) -> int:
+def _check_prompts(engine: Engine, relation: str, path: str) -> int:
     """How many rows there are, every one with a prompt."""
     ((rows, prompts),) = engine.rows(f"SELECT count(*), count(prompt) FROM {relation}")
     if rows != prompts:
-        raise UserError(f"{rows - prompts} of {rows} rows have no prompt")
+        raise UserError(f"{path}: {rows - prompts} of {counted(rows, 'row')} have no prompt")
     return int(rows)
 
 

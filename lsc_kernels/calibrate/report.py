@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ..reference.table import CANNED
+from ..wording import counted
 from .query import Calibration
 
 FEW = (
@@ -57,7 +58,10 @@ def summary(result: Calibration, out: Path) -> Group:
         if about.method == CANNED
         else f"the {about.quantile:g} quantile, {about.method}"
     )
-    table = Table(title=f"{len(result.table)} prompts, {about.samples} scores: {what}", title_justify="left")
+    table = Table(
+        title=f"{counted(len(result.table), 'prompt')}, {counted(about.samples, 'score')}: {what}",
+        title_justify="left",
+    )
     table.add_column("property", no_wrap=True)
     for heading in ("whole", "prompts: 10%", "median", "90%", "scores per prompt", "missing"):
         table.add_column(heading, justify="right")
@@ -74,13 +78,13 @@ def summary(result: Calibration, out: Path) -> Group:
 def _notes(result: Calibration) -> list[str]:
     notes = []
     if result.table.provenance.method != CANNED and np.median(result.prompts.samples) < FEW:
+        most = np.median(result.prompts.samples)
         notes.append(
-            f"half of the prompts have {np.median(result.prompts.samples):g} scores or fewer: their quantiles are "
+            f"half of the prompts have {most:g} {'score' if most == 1 else 'scores'} or fewer: their quantiles are "
             f"biased low. More samples per prompt, or --min-samples {FEW} to use the bucket's quantile instead"
         )
     without = int(np.isnan(result.prompts.references).any(axis=1).sum())
     if without:
-        notes.append(
-            f"{without} prompts have too few scores of some property: they fall back to their bucket"
-        )
+        have = "prompt has" if without == 1 else "prompts have"
+        notes.append(f"{without} {have} too few scores of some property: looked up, the bucket's is given")
     return notes

@@ -48,7 +48,7 @@ def operand(name: str, value: object, device: torch.device) -> float | Tensor:
         value = low = high = float(value)
     least, limit, with_low, wanted = RANGES[name]
     if not (high < limit and (least <= low if with_low else least < low)):
-        raise ValueError(f"{name} must be {wanted}; got {low if low == high else f'{low} ... {high}'}")
+        raise ValueError(f"{name} must be {wanted}; got {f'{low} ... {high}' if low < high else low}")
     return value
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..extras import load
-from ..score.config import per_property
+from ..files import check_outputs
+from ..score.config import check_numbers, per_property
 from ..transforms import TRANSFORMS
 
 if TYPE_CHECKING:
@@ -87,12 +88,14 @@ def run(args: argparse.Namespace) -> int:
         UserError: a mistake of the user, in one line.
         MissingExtra: a package is not installed.
     """
+    plot = Path(args.plot)
+    _check_files(args, plot)
     for module, extra in (("duckdb", "reference"), ("rich", "reference"), ("matplotlib", "plot")):
         load(module, extra)
     from rich.console import Console
 
     from ..plotting import check_figure_name, save_figure
-    from ..tables import first_line
+    from ..wording import first_line
     from .read import SHAPE, read_scores, references
     from .report import make_plan
 
@@ -101,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
     for method in args.methods:
         if method not in TRANSFORMS:
             raise UserError(f"--methods {method}: wants some of {','.join(TRANSFORMS)}")
-    plot = Path(args.plot)
+    for option in SHAPE:
+        if getattr(args, option) is not None:
+            check_numbers(option, getattr(args, option))
     check_figure_name(plot)
     samples = read_scores(args.scores, args.names)
     reference, origin = references(samples, args.reference)
@@ -121,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             line.replace("formula: ", where, 1) if line.startswith("formula: ") else line
         ) from problem
-    Console(highlight=False).print(plan)
+    Console(highlight=False, markup=False).print(plan)
     save_figure(plan.figure(), plot)
     print(f"figure: {plot}")
     if args.json is not None:
@@ -130,6 +135,27 @@ def run(args: argparse.Namespace) -> int:
         except OSError as problem:
             raise UserError(f"--json {args.json}: cannot be written: {problem.strerror}") from problem
     return 0
+
+
+def _check_files(args: argparse.Namespace, plot: Path) -> None:
+    """Refuse to write over what is read, or over what is no earlier output."""
+    from ..tables import files_of
+
+    outputs = [("--plot", plot)] + ([("--json", Path(args.json))] if args.json is not None else [])
+    inputs = [("the command", path) for path in files_of(args.scores)]
+    check_outputs(outputs, inputs + [("--reference", path) for path in files_of(args.reference or ())])
+    if args.json is None or not Path(args.json).exists():
+        return
+    try:
+        kept = json.loads(Path(args.json).read_bytes())
+    except OSError as problem:
+        raise UserError(f"--json {args.json}: cannot be written: {problem.strerror}") from problem
+    except (ValueError, RecursionError):
+        kept = None
+    if not isinstance(kept, dict):
+        raise UserError(
+            f"--json {args.json}: is there already and holds no JSON object: give it another name"
+        )
 
 
 def _each(args: argparse.Namespace, option: str, samples: Samples) -> Tensor:

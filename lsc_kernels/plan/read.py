@@ -17,6 +17,7 @@ from ..reference import FallbackWarning, ReferenceTable, quantile_reference
 from ..reference.rows import WIDE, Rows, fit_level
 from ..score.config import ReferenceRule, per_property
 from ..tables import PROMPT_KEY, Engine, Source, engine, open_scores, sql_name, sql_text
+from ..wording import counted
 
 DEFAULT_REFERENCE = "quantile:0.85"
 METADATA_KEY = "lsc_kernels.score"  # what `lsc-kernels score` says of a file, as JSON
@@ -48,7 +49,7 @@ def read_scores(paths: Sequence[str], names: Sequence[str] | None) -> Samples:
         UserError: a file that cannot be used, in one line.
         MissingExtra: DuckDB is not installed.
     """
-    with engine() as running:
+    with engine(reading=paths) as running:
         source, columns = open_scores(running, paths, names)
         centred = source.wide and all(CENTRES + name in columns for name in source.properties)
         query = _wide(source, centred) if source.wide else _long(source, "response" in columns)
@@ -61,7 +62,10 @@ def read_scores(paths: Sequence[str], names: Sequence[str] | None) -> Samples:
         if scores[:, k].isnan().all():
             raise UserError(f"{paths[0]}: property {name!r} has no score")
     if scores.isinf().any():
-        raise UserError(f"{paths[0]}: {int(scores.isinf().sum())} scores are infinite")
+        infinite = int(scores.isinf().sum())
+        raise UserError(
+            f"{paths[0]}: {counted(infinite, 'score')} {'is' if infinite == 1 else 'are'} infinite"
+        )
     return Samples(
         names=source.properties,
         scores=scores,

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..analysis import Diagnosis, Frontier, FrontierPoint, diagnose, frontier
 from ..analysis.frontier import FEWEST_EFFECTIVE
 from ..analysis.report import Report, percent
+from ..wording import counted
 from .read import Samples
 
 if TYPE_CHECKING:
@@ -52,16 +53,19 @@ class Plan(Report):
         return points[0] if points else None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
-        yield f"{self.rows} responses to {self.prompts} prompts. References: {self.references}"
+        from rich.text import Text  # a name may hold what rich takes for markup
+
+        counts = f"{counted(self.rows, 'response')} to {counted(self.prompts, 'prompt')}"
+        yield Text(f"{counts}. References: {self.references}")
         shape = zip(self.frontier.names, self.mean_reference, self.scale, self.weights, strict=True)
         for name, reference, scale, weight in shape:
-            yield f"  {name}: reference {reference:.3g} on average, scale {scale:g}, weight {weight:g}"
+            yield Text(f"  {name}: reference {reference:.3g} on average, scale {scale:g}, weight {weight:g}")
         yield ""
         yield self.diagnosis.table()
-        yield from (f"- {text}" for text in self.diagnosis.findings())
+        yield from (Text(f"- {text}") for text in self.diagnosis.findings())
         yield ""
         yield self.frontier.table()
-        yield from (f"- {text}" for text in self.findings())
+        yield from (Text(f"- {text}") for text in self.findings())
 
     def findings(self) -> list[str]:
         """What the frontier says, and how far to trust it."""

@@ -19,6 +19,7 @@ from lsc_kernels.extras import load
 from lsc_kernels.files import write_whole
 from lsc_kernels.reference.quantile import check_quantile
 from lsc_kernels.reference.rows import Level, combine, fit_level, length_bucket, prompt_keys, read_rows
+from lsc_kernels.wording import first_line
 
 METADATA_KEY = b"lsc_kernels.reference"
 FORMAT_VERSION = 1
@@ -324,7 +325,7 @@ class ReferenceTable:
                 metadata = pq.read_schema(file).metadata or {}
                 about = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
             except (pa.ArrowException, OSError, ValueError) as problem:
-                raise ValueError(f"{damaged}: {_first_line(problem)}") from problem
+                raise ValueError(f"{damaged}: {first_line(problem)}") from problem
             if about is None:
                 raise ValueError(
                     f"{path}: is a Parquet file, but no reference table: fit or calibrate makes one"
@@ -338,7 +339,7 @@ class ReferenceTable:
                 table = pq.read_table(file, page_checksum_verification=True)
                 return cls._from_arrow(table, about)
             except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as problem:
-                raise ValueError(f"{damaged}: {_first_line(problem)}") from problem
+                raise ValueError(f"{damaged}: {first_line(problem)}") from problem
 
     @classmethod
     def _from_arrow(cls, table: Any, about: dict[str, Any]) -> ReferenceTable:
@@ -412,7 +413,3 @@ def _select(level: Level, keys: Any) -> Any:
 
 def _short(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 40 else prompt[:37] + "...")
-
-
-def _first_line(problem: BaseException) -> str:
-    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)

@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; the finished rows are kept, --resume goes on with them", file=sys.stderr)
         return INTERRUPTED
-    Console(highlight=False).print(summary)
+    Console(highlight=False, markup=False).print(summary)
     return 0
 
 

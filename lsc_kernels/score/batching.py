@@ -1,4 +1,4 @@
-"""Rows of similar length together, padded on the right."""
+"""Rows of similar length together, padded on the right; and how a batch that was too large shows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def out_of_memory(problem: RuntimeError) -> bool:
+    """Whether an error says that memory ran out; the CPU's allocator has no exception of its own."""
+    text = str(problem)  # in words that differ between systems
+    return isinstance(problem, torch.OutOfMemoryError) or any(
+        words in text for words in ("can't allocate memory", "not enough memory")
+    )
 
 
 def plan_batches(

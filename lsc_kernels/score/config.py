@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import UserError
+from ..options import check_seed, check_threads
+from ..wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +23,9 @@ PLACEMENTS = ("last", "eos_plus_one", "before_last")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CHAT_MODES = ("auto", "always", "never")
 EOS_MODES = ("policy", "all", "none")
+# Rewards are computed in fp32, which holds a product of three numbers of this size, and the inverse of its inverse.
+LARGEST = 1e12
+SMALLEST = 1 / LARGEST
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class ReferenceRule:
         """Read ``0.5``, ``quantile:0.85``, ``prompt-quantile:0.85``, ``column:NAME`` or ``canned:TEXT``."""
         kind, colon, rest = str(given).partition(":")
         kind, text = kind.strip(), rest.strip()
+        if not is_text(text):
+            raise UserError(f"--reference {given!r}: is not UTF-8 text")
         if colon and kind in ("column", "canned"):
             if not text:
                 raise UserError(f"--reference {given!r}: nothing stands after '{kind}:'")
@@ -56,6 +63,8 @@ class ReferenceRule:
                 f"--reference {given!r}: wants a number, quantile:Q, prompt-quantile:Q, column:NAME "
                 "or canned:TEXT"
             )
+        if abs(number) > LARGEST:
+            raise UserError(f"--reference {given!r}: wants a number of at most {LARGEST:g} in size")
         return cls("number", value=number)
 
     def __str__(self) -> str:
@@ -106,6 +115,11 @@ class ScoreConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        for option in ("data", "policy", "ref", "out", "plot"):
+            if getattr(self, option) == "":
+                raise UserError(f"--{option} '': wants a name")
+        if "" in [source for source in self.reward_models if isinstance(source, str)]:
+            raise UserError("--reward-model '': wants a name")
         for option, allowed in (
             ("kl", KL_KINDS),
             ("placement", PLACEMENTS),
@@ -115,16 +129,20 @@ class ScoreConfig:
         ):
             if getattr(self, option) not in allowed:
                 raise UserError(f"--{option} {getattr(self, option)!r}: wants one of {', '.join(allowed)}")
-        for option in ("max_length", "batch_size", "max_tokens", "threads", "limit"):
+        check_threads(self.threads)
+        check_seed(self.seed)
+        for option in ("max_length", "batch_size", "max_tokens", "limit"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise UserError(f"--{option.replace('_', '-')} {value}: wants at least 1")
         if self.max_length == 1:
             raise UserError("--max-length 1: wants at least 2, one token of context and one of response")
-        if not math.isfinite(self.beta):
-            raise UserError(f"--beta {self.beta}: wants a finite number")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise UserError(f"--temperature {self.temperature}: wants a finite number above 0")
+        if not abs(self.beta) <= LARGEST:
+            raise UserError(f"--beta {self.beta}: wants a finite number, at most {LARGEST:g} in size")
+        if not SMALLEST <= self.temperature <= LARGEST:
+            raise UserError(
+                f"--temperature {self.temperature}: wants a number above 0, from {SMALLEST:g} to {LARGEST:g}"
+            )
         if not self.checkpoint_seconds >= 0:
             raise UserError(f"--checkpoint-seconds {self.checkpoint_seconds}: wants 0 or more")
         if self.resume and self.overwrite:
@@ -151,15 +169,9 @@ class ScoreConfig:
 
     def numbers(self, option: str) -> tuple[float, ...]:
         """The values of ``scale``, ``floor`` or ``weights``: one for all properties, or one per property."""
-        inside, wants = {
-            "scale": (lambda x: x > 0, "finite numbers above 0"),
-            "floor": (lambda x: 0 <= x < 1, "numbers of at least 0 and below 1"),
-            "weights": (lambda x: True, "finite numbers"),
-        }[option]
         given = getattr(self, option)
         values = (given,) if isinstance(given, int | float) else tuple(given)
-        if not values or not all(math.isfinite(x) and inside(x) for x in values):
-            raise UserError(f"--{option} {','.join(map(str, values))}: wants {wants}")
+        check_numbers(option, values)
         return tuple(float(x) for x in values)
 
     def result_options(self) -> dict[str, Any]:
@@ -186,10 +198,50 @@ class ScoreConfig:
         return options
 
 
+def parts_folder(out: Path) -> Path:
+    """Where the finished rows of a run are until its output is complete."""
+    return out.with_name(out.name + ".parts")
+
+
+def is_text(text: str) -> bool:
+    """Whether all of it are characters: a lone surrogate is none, and can be neither written nor tokenised.
+
+    >>> is_text("é"), is_text(chr(0xD83D))
+    (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_numbers(option: str, values: Sequence[float]) -> None:
+    """Refuse values of ``scale``, ``floor`` or ``weights`` that have no meaning, or none in fp32.
+
+    Raises:
+        UserError: there is none, or one is outside.
+    """
+    inside, wants = {
+        "scale": (
+            lambda x: SMALLEST <= x <= LARGEST,
+            f"finite numbers above 0, from {SMALLEST:g} to {LARGEST:g}",
+        ),
+        # what comes next to 1 rounds to 1
+        "floor": (lambda x: 0 <= x < 1 - 2**-25, "numbers of at least 0 and below 1"),
+        "weights": (lambda x: abs(x) <= LARGEST, f"finite numbers, at most {LARGEST:g} in size"),
+    }[option]
+    if not values or not all(map(inside, values)):
+        raise UserError(f"--{option} {','.join(map(str, values))}: wants {wants}")
+
+
 def check_names(names: Sequence[str]) -> None:
     """Refuse property names that are empty or come twice."""
     if not names or not all(name.strip() for name in names):
         raise UserError(f"--names {','.join(names)!r}: wants one name per property, none of them empty")
+    for name in names:
+        if not is_text(name):
+            raise UserError(f"--names: {name!r} is not UTF-8 text")
     doubles = sorted({name for name in names if list(names).count(name) > 1})
     if doubles:
         raise UserError(f"--names {','.join(names)}: {doubles[0]!r} comes twice")
@@ -201,8 +253,8 @@ def per_property(values: Sequence[Any], names: Sequence[str], option: str) -> li
         return list(values) * len(names)
     if len(values) != len(names):
         raise UserError(
-            f"--{option}: {len(values)} values for {len(names)} properties ({', '.join(names)}); "
-            "give one for all, or one for each"
+            f"--{option}: {counted(len(values), 'value')} for "
+            f"{counted(len(names), 'property', 'properties')} ({', '.join(names)}); give one for all, or one for each"
         )
     return list(values)
 

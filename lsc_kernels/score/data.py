@@ -7,24 +7,30 @@ Data is streamed: one pass counts and checks it (`scan`), a second one hands it 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
 import math
 import os
 import random
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import UserError
-from .extras import first_line, offline_note, quiet_hub, require
+from ..wording import first_line
+from .config import LARGEST, is_text
+from .extras import offline_note, quiet_hub, require
 
 if TYPE_CHECKING:
     from .config import DataSource, ScoreConfig
 
 Message: TypeAlias = tuple[str, str]  # role, content
+Side: TypeAlias = tuple[str | None, str | tuple[Message, ...], str]  # side, prompt, response
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 TEXT_FIELDS = ("id", "prompt", "response", "completion", "messages", "chosen", "rejected")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
@@ -180,12 +186,14 @@ def examples_of(line: int, record: Any, columns: Sequence[str] = ()) -> list[Exa
         BadRecord: fields are missing, empty or of the wrong kind.
     """
     if not isinstance(record, Mapping):
-        raise BadRecord(f"not an object with named fields but {type(record).__name__}")
+        raise BadRecord("not an object with named fields")
     given = {key for key in TEXT_FIELDS if record.get(key) is not None}
     if {"chosen", "rejected"} <= given:
         sides = _pair(record)
     elif "messages" in given:
-        sides = [(None, *_split_chat(_messages(record["messages"], "messages"), "messages"))]
+        sides = [
+            (None, *_split_chat(_messages(record["messages"], "messages", "no list of messages"), "messages"))
+        ]
     elif "prompt" in given and given & {"response", "completion"}:
         field = "response" if "response" in given else "completion"
         sides = [(None, _prompt(record["prompt"]), _response(record[field], field))]
@@ -195,11 +203,23 @@ def examples_of(line: int, record: Any, columns: Sequence[str] = ()) -> list[Exa
         if not response.strip():
             raise BadRecord("response is empty" if side is None else f"{side} response is empty")
     own_id = None if record.get("id") is None else str(record["id"])
+    _check_characters(own_id, sides)
     references = tuple(_reference(record, column) for column in columns)
     return [Example(line, own_id, side, prompt, response, references) for side, prompt, response in sides]
 
 
-def _pair(record: Mapping[str, Any]) -> list[tuple[str | None, str | tuple[Message, ...], str]]:
+def _check_characters(own_id: str | None, sides: Sequence[Side]) -> None:
+    """JSON can spell what is no character, and what no tokenizer and no Parquet file takes."""
+    texts = {"id": own_id or ""}
+    for side, prompt, response in sides:
+        spoken = [prompt] if isinstance(prompt, str) else [part for message in prompt for part in message]
+        texts |= {"prompt": "".join(spoken), side or "response": response}
+    for field, text in texts.items():
+        if not is_text(text):
+            raise BadRecord(f"{field} holds half a character (a lone surrogate)")
+
+
+def _pair(record: Mapping[str, Any]) -> list[Side]:
     chosen, rejected, prompt = record["chosen"], record["rejected"], record.get("prompt")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRecord("chosen and rejected are of different kinds")
@@ -213,7 +233,7 @@ def _pair(record: Mapping[str, Any]) -> list[tuple[str | None, str | tuple[Messa
             len(before) if isinstance(before, str) and before and _both_start(chosen, rejected, before) else 0
         )
         return [("chosen", before, chosen[cut:]), ("rejected", before, rejected[cut:])]
-    sides: list[tuple[str | None, str | tuple[Message, ...], str]] = []
+    sides: list[Side] = []
     before_chat = () if prompt is None else _as_chat(_prompt(prompt))
     for side in ("chosen", "rejected"):
         turns = _messages(record[side], side)
@@ -252,9 +272,11 @@ def _split_chat(messages: tuple[Message, ...], field: str) -> tuple[tuple[Messag
     return messages[:-1], messages[-1][1]
 
 
-def _messages(given: Any, field: str) -> tuple[Message, ...]:
+def _messages(
+    given: Any, field: str, wanted: str = "neither text nor a list of messages"
+) -> tuple[Message, ...]:
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise BadRecord(f"{field} is not a list of messages but {type(given).__name__}")
+        raise BadRecord(f"{field} is {wanted}")
     return tuple(_message(message, field) for message in given)
 
 
@@ -295,8 +317,10 @@ def _response(given: Any, field: str) -> str:
 
 def _reference(record: Mapping[str, Any], column: str) -> float:
     value = record.get(column)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
         raise BadRecord(f"reference column {column!r} holds no finite number but {value!r}")
+    if not abs(value) <= LARGEST:
+        raise BadRecord(f"reference column {column!r} holds a number beyond {LARGEST:g}")
     return float(value)
 
 
@@ -342,7 +366,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with opener(path, "rb") as file:
-            if path.name.lower().endswith((".json", ".json.gz")) and file.read(64).lstrip()[:1] == b"[":
+            if path.name.lower().endswith((".json", ".json.gz")) and _first_byte(file) == b"[":
                 file.seek(0)
                 yield from enumerate(_json_array(path, file.read()), start=1)
                 return
@@ -350,14 +374,22 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
             for number, line in enumerate(file, start=1):
                 if not line.isspace():
                     yield number, _json_line(line)
-    except (OSError, EOFError) as problem:
+    except (OSError, EOFError, zlib.error) as problem:
         raise UserError(f"--data {path}: cannot be read after line {number}: {problem}") from problem
+
+
+def _first_byte(file: BufferedIOBase) -> bytes:
+    """The first byte that is neither white space nor the mark that some programs begin UTF-8 with."""
+    for piece in iter(lambda: file.read(1024), b""):
+        if begun := piece.removeprefix(codecs.BOM_UTF8).lstrip():
+            return begun[:1]
+    return b""
 
 
 def _json_array(path: Path, text: bytes) -> list[Any]:
     try:
         return json.loads(text)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"--data {path}: not valid JSON: {problem}") from problem
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from ..wording import first_line
 from .data import ASSISTANT, HUMAN, Example, Message
-from .extras import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

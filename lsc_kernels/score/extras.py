@@ -81,8 +81,3 @@ def _settings() -> list[Any]:
     """The modules that keep whether to ask the hub, of the libraries that are loaded."""
     names = ("huggingface_hub.constants", "datasets.config")
     return [sys.modules[name] for name in names if name in sys.modules]
-
-
-def first_line(problem: BaseException) -> str:
-    """The first line of what an error says: the part that fits in a one-line message."""
-    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)

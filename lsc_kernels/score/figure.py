@@ -50,9 +50,12 @@ def _draw_scores(axes: Any, rows: pa.Table, names: list[str]) -> None:
     bins = np.linspace(bins[0], bins[-1], min(max(len(bins), 20), 80))
     for k, (name, values) in enumerate(centred.items()):
         axes.hist(values, bins=bins, histtype="step", linewidth=1.6, label=name, **line_style(k))
-    axes.axvline(0, color="black", linewidth=0.8)
+    # The legend stands above bars and line.
+    below = 1 - min(0.05 + 0.08 * len(centred), 0.6)
+    axes.set_ylim(0, axes.get_ylim()[1] / below)
+    axes.axvline(0, ymax=below, color="black", linewidth=0.8)
     axes.set(xlabel="score minus reference reward", ylabel="rows", title="Scores against the reference")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
 
 
 def _draw_binding(axes: Any, summary: ScoreSummary) -> None:

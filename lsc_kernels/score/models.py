@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import lsc_kernels as lk
 
 from ..errors import UserError
+from ..wording import counted, first_line
 from .batching import pad_right, plan_batches
-from .extras import first_line, offline_note, quiet_hub
+from .extras import offline_note, quiet_hub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,7 @@ def resolve_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # a device without data (meta) exists, and computes nothing
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
         raise UserError(f"--device {name}: not available: {first_line(problem)}") from problem
     return device
@@ -126,12 +127,24 @@ def _from_pretrained(
     missing = sorted(report["missing_keys"])
     if missing:
         what = "is it a trained reward model?" if classifier else "is it a causal language model?"
+        more = f" and {counted(len(missing) - 1, 'more weight')}" if len(missing) > 1 else ""
         raise UserError(
-            f"--{option} {name}: the checkpoint lacks {missing[0]}"
-            f"{f' and {len(missing) - 1} more weights' if len(missing) > 1 else ''}, "
-            f"which would be random; {what}"
+            f"--{option} {name}: the checkpoint lacks {missing[0]}{more}, which would be random; {what}"
         )
+    if not classifier:
+        _check_not_classifier(name, option, model, report["unexpected_keys"])
     return model, tokenizer
+
+
+def _check_not_classifier(name: str, option: str, model: PreTrainedModel, unused: Iterable[str]) -> None:
+    """A reward model has all the weights of a language model whose output head is its embedding."""
+    made_as = [
+        kind for kind in model.config.architectures or () if kind.endswith("ForSequenceClassification")
+    ]
+    head = [key for key in unused if key.startswith("score.")]
+    if made_as or head:
+        what = made_as[0] if made_as else f"it holds {head[0]}"
+        raise UserError(f"--{option} {name}: is a reward model ({what}); wants a causal language model")
 
 
 def _digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

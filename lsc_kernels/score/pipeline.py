@@ -21,8 +21,10 @@ from torch import Tensor
 import lsc_kernels as lk
 
 from ..errors import UserError
-from .batching import pad_right, plan_batches
-from .config import ReferenceRule, ScoreConfig, check_names, per_property
+from ..files import check_outputs
+from ..wording import counted
+from .batching import out_of_memory, pad_right, plan_batches
+from .config import ReferenceRule, ScoreConfig, check_names, parts_folder, per_property
 from .data import Data, Example, Scan, size
 from .encode import Encoded, Encoding, TextEncoder, encoded
 from .extras import require
@@ -57,6 +59,9 @@ def score(config: ScoreConfig, *, progress: bool = True) -> ScoreSummary:
         UserError: the options, the data or the models do not allow it; the message says why in one line.
         KeyboardInterrupt: interrupted; what was finished is kept and ``resume`` goes on with it.
     """
+    out = Path(config.out)
+    outputs = [("--out", out)] + ([] if config.plot is None else [("--plot", Path(config.plot))])
+    check_outputs(outputs, _inputs(config), emptied=[("--out", parts_folder(out))])
     require("transformers", "pyarrow", "rich")
     if config.plot is not None:
         require("matplotlib")
@@ -66,11 +71,10 @@ def score(config: ScoreConfig, *, progress: bool = True) -> ScoreSummary:
     from .store import PartStore, check_output
     from .summary import summarize
 
-    out = Path(config.out)
     check_output(out, resume=config.resume, overwrite=config.overwrite)
     if config.plot is not None:
         check_figure_name(Path(config.plot))
-    started = time.monotonic()
+    newly, seconds = 0, 0.0
     with _threads(config.threads), Progress(show=progress) as shown:
         shown.say("reading the data")
         data = Data.from_config(config)
@@ -82,17 +86,27 @@ def score(config: ScoreConfig, *, progress: bool = True) -> ScoreSummary:
         with closing(PartStore(out, run.identity, resume=config.resume, overwrite=config.overwrite)) as store:
             shown.notes(run.notes)
             if not store.complete:
+                started = time.monotonic()
                 with evaluating(run.loaded), torch.inference_mode():
                     newly = _score_windows(run, data, scan, store, shown)
+                seconds = time.monotonic() - started
                 shown.say("putting the rows in order")
                 _assemble(run, scan, store)
             else:
-                newly = 0
                 shown.note(f"{out} is complete already; nothing to do")
-    summary = replace(summarize(out), scored_now=newly, seconds=time.monotonic() - started)
+    summary = replace(summarize(out), scored_now=newly, seconds=seconds)
     if config.plot is not None:
         draw(out, Path(config.plot))
     return summary
+
+
+def _inputs(config: ScoreConfig) -> list[tuple[str, Path]]:
+    """Everything a run reads that may be a file or a folder."""
+    given = [("--data", config.data), ("--policy", config.policy), ("--ref", config.ref)]
+    given += [("--reward-model", model) for model in config.reward_models]
+    named = [(option, str(source)) for option, source in given if isinstance(source, str | Path)]
+    split_off = [(option, name.rpartition(":")[0]) for option, name in named if ":" in name]
+    return [(option, Path(name)) for option, name in named + split_off]
 
 
 @contextmanager
@@ -112,7 +126,7 @@ def _check_scan(scan: Scan, config: ScoreConfig) -> None:
     if scan.examples == 0:
         first = scan.bad[0]
         raise UserError(
-            f"--data {source}: none of its {scan.records} records can be scored; "
+            f"--data {source}: none of its {counted(scan.records, 'record')} can be scored; "
             f"line {first.line}: {first.reason}"
         )
 
@@ -233,8 +247,8 @@ def _property_names(config: ScoreConfig, reward_models: Sequence[LoadedModel]) -
     if config.names is not None:
         if len(config.names) != len(own):
             raise UserError(
-                f"--names {','.join(config.names)}: {len(config.names)} names, but the reward models give "
-                f"{len(own)} scores"
+                f"--names {','.join(config.names)}: {counted(len(config.names), 'name')}, but the reward models "
+                f"give {counted(len(own), 'score')}"
             )
         return list(config.names)
     doubled = {name for name in own if own.count(name) > 1}
@@ -402,8 +416,7 @@ def _explained_memory(run: _Run) -> Iterator[None]:
     try:
         yield
     except RuntimeError as problem:
-        # The CPU allocator has no exception of its own.
-        if not isinstance(problem, torch.OutOfMemoryError) and "not enough memory" not in str(problem):
+        if not out_of_memory(problem):
             raise
         raise UserError(
             f"out of memory with batches of {run.max_tokens} tokens; what is done is kept: "

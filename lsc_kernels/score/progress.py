@@ -8,12 +8,21 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
+from ..wording import counted
 from .data import BadLine
 
 LINE_SECONDS = 30.0  # between lines where there is no terminal to draw a bar on
+
+
+class Left(TimeRemainingColumn):
+    """The time that is left, with the word for it; nothing as long as nobody knows how much there is to do."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else Text.assemble(super().render(task), " left")
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -24,16 +33,15 @@ class Progress(AbstractContextManager["Progress"]):
     """
 
     def __init__(self, *, show: bool) -> None:
-        self.console = Console(stderr=True, quiet=not show, highlight=False)
+        self.console = Console(stderr=True, quiet=not show, highlight=False, markup=False)
         self._bar = Bar(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
-            TextColumn("elapsed,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TextColumn("elapsed"),
+            Left(),
             console=self.console,
             disable=not (show and self.console.is_terminal),
             transient=True,
@@ -56,7 +64,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def notes(self, texts: Sequence[str]) -> None:
         """Lines that stay."""
@@ -94,7 +102,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     def _count(self) -> str:
         rate = self._done / max(1e-9, time.monotonic() - self._started)
-        return f"{self._skipped + self._done} of {self._rows} rows, {rate:.1f} rows/s"
+        return f"{self._skipped + self._done} of {counted(self._rows, 'row')}, {rate:.1f} rows/s"
 
 
 def describe_bad_lines(bad: Sequence[BadLine]) -> list[str]:

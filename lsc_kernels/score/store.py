@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..files import flush, write_whole
+from .config import parts_folder
 
 METADATA_KEY = b"lsc_kernels.score"
 STATE = "run.json"
@@ -41,7 +42,7 @@ class PartStore:
 
     def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         self.out = out
-        self.folder = out.with_name(out.name + ".parts")
+        self.folder = parts_folder(out)
         self._lock = filelock.FileLock(str(out) + ".lock", timeout=0)
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -141,8 +142,7 @@ def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
         return
     if out.exists():
         raise UserError(f"--out {out}: is there already; --overwrite replaces it")
-    parts = out.with_name(out.name + ".parts")
-    if parts.exists():
+    if parts_folder(out).exists():
         raise UserError(
             f"--out {out}: an unfinished run is there; --resume goes on with it, --overwrite starts anew"
         )

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..wording import counted
 from .data import BadLine
 from .progress import describe_bad_lines
 from .store import read_metadata
@@ -64,11 +65,11 @@ class ScoreSummary:
     reward_texts_cut: int
     alone: int
     scored_now: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # that scoring took, without loading before and assembling after it
 
     @property
     def rows_per_second(self) -> float:
-        """Rows scored by this call per second, loading and writing included."""
+        """Rows scored by this call per second, loading and assembling left out."""
         return self.scored_now / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,13 +77,16 @@ class ScoreSummary:
         return {**asdict(self), "out": str(self.out)}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
         yield self._table()
-        yield from self.lines()
+        yield from map(Text, self.lines())  # what data and options say may look like markup
 
     def _table(self) -> Any:
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=f"{self.rows} rows", title_justify="left")
+        table = Table(title=counted(self.rows, "row"), title_justify="left")
         table.add_column("property", no_wrap=True)
         headings = ["mean score", "reference", "above it", "marginal utility", "binds"]
         for heading in headings + (["chosen preferred"] if self.pairs else []):
@@ -91,13 +95,13 @@ class ScoreSummary:
             cells = [f"{one.mean_score:.3f}", f"{one.mean_reference:.3f}", f"{one.share_above:.1%}"]
             cells += [f"{one.marginal_utility:.3f}", f"{one.binds:.1%}"]
             cells += [] if one.pair_accuracy is None else [f"{one.pair_accuracy:.1%}"]
-            table.add_row(one.name, *cells)
+            table.add_row(Text(one.name), *cells)
         return table
 
     def _preference(self) -> str:
         if self.utility_pair_accuracy is None:
             return ""
-        return f"; it prefers the chosen response in {self.utility_pair_accuracy:.1%} of {self.pairs} pairs"
+        return f"; it prefers the chosen response in {self.utility_pair_accuracy:.1%} of {counted(self.pairs, 'pair')}"
 
     def lines(self) -> list[str]:
         """What stands below the table."""
@@ -108,28 +112,29 @@ class ScoreSummary:
             "references: " + "; ".join(f"{one.name} {one.reference}" for one in self.properties),
         ]
         if self.alone:
-            told.append(
-                f"{self.alone} rows are alone with their prompt: their reference is the quantile of the file"
-            )
+            are = "row is alone with its" if self.alone == 1 else "rows are alone with their"
+            told.append(f"{self.alone} {are} prompt: the reference is then the quantile of the file")
         cut = {
-            "prompts": self.prompts_cut,
-            "responses": self.responses_cut,
-            "reward model texts": self.reward_texts_cut,
+            "prompt": self.prompts_cut,
+            "response": self.responses_cut,
+            "reward model text": self.reward_texts_cut,
         }
         if any(cut.values()):
-            what = ", ".join(f"{count} {name}" for name, count in cut.items() if count)
+            what = ", ".join(counted(count, name) for name, count in cut.items() if count)
             told.append(f"too long and cut: {what}")
         if self.not_finite:
+            have = "row has" if self.not_finite == 1 else "rows have"
             told.append(
-                f"{self.not_finite} rows have a score that is not finite and are left out of the means"
+                f"{self.not_finite} {have} a score that is not finite, which is left out of the means"
             )
         if self.bad:
             lines = len({one.line for one in self.bad})
-            told.append(f"{lines} of {self.records} records left out:")
+            told.append(f"{lines} of {counted(self.records, 'record')} left out:")
             told += [f"  {text}" for text in describe_bad_lines(self.bad)]
         if self.scored_now:
             told.append(
-                f"scored {self.scored_now} rows in {self.seconds:.1f} s, {self.rows_per_second:.1f} rows/s"
+                f"scored {counted(self.scored_now, 'row')} in {self.seconds:.1f} s, "
+                f"{self.rows_per_second:.1f} rows/s"
             )
         told.append(f"written to {self.out}")
         return told
