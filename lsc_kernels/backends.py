@@ -102,10 +102,19 @@ def set_backend(name: str) -> None:
 
 
 def get_backend() -> str:
-    """The name last given to :func:`set_backend`.
+    """The name last given to :func:`set_backend`, else that in ``LSC_KERNELS_BACKEND``, else ``auto``.
+
+    Returns:
+        ``auto``, ``native``, ``triton`` or ``eager``. ``auto`` stays ``auto``: what it takes on a device is the first
+        that :func:`backends` calls available there.
 
     Raises:
         ValueError: ``LSC_KERNELS_BACKEND`` or ``LSC_KERNELS_CPU`` asks for what is not there.
+
+    Example:
+        >>> import lsc_kernels as lk
+        >>> lk.get_backend() in ("auto", "native", "triton", "eager")
+        True
     """
     _check_environment()
     return _choice

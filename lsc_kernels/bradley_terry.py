@@ -15,16 +15,24 @@ from lsc_kernels.ops import _checks
 
 
 class ScaleFit(NamedTuple):
-    """What :func:`fit_scale` found. ``low`` and ``high`` are the ends of the confidence interval of ``scale``."""
+    """What :func:`fit_scale` found, as Python numbers, without gradient.
+
+    Attributes:
+        scale: the temperature s, > 0, in units of the score.
+        low: the lower end of its confidence interval, in the same units.
+        high: the upper end; inf where the data cannot tell the scores from noise.
+        confidence: the level of the interval, in (0, 1), as given.
+        accuracy: the share of pairs, in [0, 1], in which the chosen output has the higher score; a tie is half a pair.
+        log_likelihood: at ``scale``, per pair, in nats; -0.6931 is a coin.
+        pairs: how many pairs there were.
+    """
 
     scale: float
     low: float
     high: float
     confidence: float
     accuracy: float
-    """The share of pairs in which the chosen output has the higher score; a tie is half a pair."""
     log_likelihood: float
-    """At ``scale``, per pair, in nats; -0.6931 is a coin."""
     pairs: int
 
 

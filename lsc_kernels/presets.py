@@ -18,10 +18,12 @@ class Preset:
 
     Attributes:
         name: as in :func:`preset`.
-        version: the version of the trainer whose source this was read from.
-        token_kl: estimator, gradient and clamps, for ``token_kl`` and ``kl_from_logprobs``.
-        token_rewards: where the sequence's utility goes.
-        gae: discount, trace and the treatment of holes, the first two being the trainer's defaults.
+        version: the version of the trainer whose source this was read from; of a snapshot, its year.
+        token_kl: ``kl`` and ``grad``, names of estimator and gradient; where the trainer clamps, ``log_ratio_clamp``
+            and ``kl_clamp``, (low, high) in nats, None for no limit. For ``token_kl`` and ``kl_from_logprobs``.
+        token_rewards: ``placement``, the name of where the sequence's utility goes.
+        gae: ``gamma`` and ``lam``, the trainer's default discount and trace, in [0, 1]; ``holes``, the name of how a
+            position that the mask leaves out between counted ones is treated.
         notes: what differs all the same, one sentence each.
     """
 

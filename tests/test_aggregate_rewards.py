@@ -710,6 +710,21 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "weights must be >= 0 with a formula; got -2",
     ),
     (
+        lambda: lk.aggregate_rewards(S, 0.0, weights=torch.tensor([1.0, math.nan, 1.0])),
+        ValueError,
+        "weights must be finite; got nan",
+    ),
+    (
+        lambda: lk.aggregate_rewards(S, 0.0, weights=torch.tensor([[1.0], [-math.inf]])),
+        ValueError,
+        "weights must be finite; got -inf",
+    ),
+    (
+        lambda: lk.aggregate_rewards(S, 0.0, formula="0 & 1", weights=torch.tensor([1.0, -1.0, math.inf])),
+        ValueError,
+        "weights must be finite; got inf",
+    ),
+    (
         lambda: lk.aggregate_rewards(S, 0.0, names=["a", "b"]),
         ValueError,
         "names must have K = 3 entries.*got 2",

@@ -26,7 +26,7 @@ pytest.importorskip("matplotlib")
 pq = pytest.importorskip("pyarrow.parquet")
 
 from lsc_kernels import cli  # noqa: E402
-from lsc_kernels.demo import data, speed, train  # noqa: E402
+from lsc_kernels.demo import data, figure, findings, report, speed, train  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SEED = 0
@@ -322,24 +322,96 @@ def test_the_figure_has_two_halves_with_ink(ran: Ran) -> None:
         assert len(colours) > 50 and 0.02 < ink < 0.7
 
 
+def judged(
+    helpful: int, harmless: int, scores: tuple[float, float]
+) -> tuple[data.Response, tuple[float, float]]:
+    response = data.Response(
+        "", "", "\n\nHuman: Is a[0] [bold]?\n\nAssistant:", " a[1]", "", helpful, harmless
+    )
+    return response, scores
+
+
+def found(*rows: tuple[data.Response, tuple[float, float]]) -> findings.Findings:
+    """Answers to one request, with reference rewards of 0."""
+    scores = np.array([scores for _, scores in rows], dtype=np.float32)
+    z = scores / [2.0, 1.0]
+    utility = -np.logaddexp(0, -z).sum(axis=1)
+    return findings.Findings(tuple(r for r, _ in rows), scores, np.zeros_like(scores), utility)
+
+
+RAW = found(judged(5, 0, (12.0, -4.0)), judged(3, 3, (2.0, 1.0)))
+EQUAL = found(judged(0, 5, (-8.0, 8.0)), judged(3, 3, (4.0, 1.0)))
+NOWHERE = found(judged(5, 0, (1.0, -4.0)), judged(3, 3, (2.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("answers", "rule", "slopes"),
+    [(RAW, "raw sum", (2.0, 1.0)), (EQUAL, "sum in equal units", (1.0, 1.0))],
+)
+def test_the_slopes_are_those_of_the_sum_that_is_fooled(
+    answers: findings.Findings, rule: str, slopes: tuple[float, float]
+) -> None:
+    case = answers.fooled()
+    assert case is not None and (case.rule, case.slopes, case.rows) == (rule, slopes, (0, 1))
+    # what the figure draws its line by says the same as the sums
+    gain = (answers.margins[0] - answers.margins[1]) @ slopes
+    assert gain == pytest.approx(case.total[0] - case.total[1]) and gain > 0
+
+
+@pytest.mark.parametrize("answers", [RAW, EQUAL, NOWHERE])
+def test_a_note_covers_no_answer(answers: findings.Findings, tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    drawn = []
+    cells = [speed.Cell("cpu", "k3", "fp32", speed.OURS, 0.1, 0.2, 1e-6, 1e-7, 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, *args, **options: drawn.append(self))
+        figure.draw(tmp_path / "demo.png", answers, cells, speed.QUICK)
+    drawn[0].draw_without_rendering()
+    axes = drawn[0].axes[0]
+    notes = [text for text in axes.texts if text.get_text().startswith("first by")]
+    assert [note.get_text().partition(":")[0] for note in notes] == (
+        [] if answers is NOWHERE else [f"first by the {answers.fooled().rule}", "first by LSC-AND"]
+    )
+    for note in notes:
+        box = note.get_bbox_patch().get_window_extent()
+        assert not any(box.contains(*point) for point in axes.transData.transform(answers.margins))
+        assert axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+
+
+def test_foreign_text_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    teller = report.Teller()
+    teller._fooled(RAW)
+    teller.closing(Path("run[bold]/:warning:"), "lsc-kernels score --out x[0]", 1.0)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Is a[0] [bold]?" in told and "a[1]" in told
+    assert "run[bold]/:warning:/ holds" in told and told.endswith("--out x[0]")
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (["--threads", "0"], "--threads 0: wants at least 1"),
         (["--seed", "-1"], "--seed -1: wants a number of at least 0"),
+        (["--seed", f"{10**22}"], f"--seed {10**22}: wants a number from {-(2**63)} to {2**63 - 1}"),
+        (["--threads", "100000"], None),
         (["--out", "{file}"], "--out {file}: File exists"),
         (["--out", "{file}/below"], "--out {file}/below: Not a directory"),
     ],
 )
 def test_mistakes_are_one_line(
-    args: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    args: list[str], words: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "a-file"
     file.touch()
     assert cli.main(["demo", *(arg.format(file=file) for arg in args)]) == 2
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err == f"lsc-kernels demo: error: {words.format(file=file)}\n"
+    start = "lsc-kernels demo: error: "
+    if words is None:  # it depends on the machine
+        assert told.err.startswith(f"{start}{' '.join(args)}: wants") and told.err.count("\n") == 1
+    else:
+        assert told.err == f"{start}{words.format(file=file)}\n"
 
 
 class Example(Protocol):

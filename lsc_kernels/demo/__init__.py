@@ -1,4 +1,4 @@
-"""``lsc-kernels demo``: the whole chain on small models made on the spot, offline, in about a minute.
+"""``lsc-kernels demo``: the whole chain on small models made on the spot, offline, in one to two minutes.
 
 Preference pairs of two conflicting properties -> a language model, two reward models -> reference rewards ->
 one run of ``lsc-kernels score`` -> what it shows, in plain words -> the speed of the kernels on this machine.

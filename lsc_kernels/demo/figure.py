@@ -1,4 +1,4 @@
-"""The demo's figure: what LSC-AND ranks first and what the raw sum does; times with their errors."""
+"""The demo's figure: what LSC-AND ranks first and what a sum does; times with their errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from .chain import SCALES
 from .data import PROPERTIES
-from .findings import Findings
+from .findings import FAILING_GRADE, Findings, Fooled
 from .speed import COMPILED, EAGER, OURS, Cell, Shape
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers and hatches tell them apart in grey.
@@ -24,62 +24,126 @@ def draw(path: Path, found: Findings, cells: Sequence[Cell], shape: Shape) -> No
     from matplotlib.figure import Figure
 
     # A figure of its own, not pyplot's: nothing global changes and no display is looked for.
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(12.5, 5.8), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    _draw_margins(left, found)
+    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    case = found.fooled()
+    lines = _draw_margins(left, found, case)
     _draw_times(right, [cell for cell in cells if cell.device == cells[-1].device], shape)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
+    if case is not None:
+        figure.draw_without_rendering()  # now everything else has its place
+        _note_firsts(left, found, case, lines)
     figure.savefig(path, dpi=180)
 
 
-def _draw_margins(axes: Any, found: Findings) -> None:
+def _draw_margins(axes: Any, found: Findings, case: Fooled | None) -> np.ndarray:
+    """Draw the answers; returns the lines [points, 2] that a note should not cover."""
     z = found.margins
     low, high = z.min(axis=0), z.max(axis=0)
     span = high - low
-    low, high = low - span * (0.05, 0.2), high + span * (0.1, 0.12)  # the legend stands below the points
-    x, y = np.meshgrid(*np.linspace(low, high, 300).T)
-    probability = np.exp(-np.logaddexp(0, -x) - np.logaddexp(0, -y))
+    low, high = low - 0.06 * span, high + 0.08 * span
+    x, y = np.meshgrid(*np.linspace(low, high, 400).T)
+    probability = np.exp(_log_and(x, y))
     levels = [0.001, 0.01, 0.1, 0.5, 0.9]
-    curves = axes.contour(x, y, probability, levels, colors=GOOD, linewidths=1.1)
-    # Each label on the upright part of its curve, near the top.
-    places = [(np.log(p / (1 - p)), high[1] - 0.04 * span[1]) for p in levels]
-    labels = axes.clabel(curves, fmt=lambda p: f"{100 * p:g}%", fontsize=8, manual=places)
-    for label in labels:
-        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
-        label.set_rotation(90)
-    a, b = (SCALES[name] for name in PROPERTIES)
-    sums = np.linspace(a * low[0] + b * low[1], a * high[0] + b * high[1], 10)
-    axes.contour(x, y, a * x + b * y, sums, colors=RAW, linewidths=0.6, linestyles="--")
+    axes.contour(x, y, probability, levels, colors=GOOD, linewidths=0.7, alpha=0.5)
+    for level in levels:  # each labelled where it leaves the axes at the top
+        there = level * (1 + np.exp(-high[1]))
+        if there < 1 and low[0] < (at := np.log(there / (1 - there))) < high[0]:
+            label = f"{100 * level:g}%"
+            axes.text(
+                at, 1.01, label, transform=axes.get_xaxis_transform(), ha="center", fontsize=8, color=GOOD
+            )
+    shown = np.ones(len(z), dtype=bool)
+    if case is not None:
+        shown = np.array([r.prompt == found.responses[case.rows[0]].prompt for r in found.responses])
+    request = "" if case is None else " (full colour: answers to one request)"
     failing = found.failing
     for which, colour, marker, label in (
-        (~failing, GOOD, "o", "fair to both judges"),
-        (failing, FAILING, "x", "a judge's grade is 0 or 1 of 5"),
+        (~failing, GOOD, "o", f"passes both judges{request}"),
+        (failing, FAILING, "x", f"fails one: grade 0 or {FAILING_GRADE} of 5"),
     ):
-        axes.scatter(*z[which].T, s=22, marker=marker, color=colour, linewidths=1, label=label, zorder=3)
-    case = found.fooled()
-    if case is not None:
-        for row, text in zip(case.rows, (f"{case.rule}'s first", "LSC-AND's first"), strict=True):
-            axes.scatter(*z[row], s=130, facecolors="none", edgecolors="black", linewidths=1.4, zorder=4)
-            axes.annotate(
-                text,
-                z[row],
-                xytext=(0, 10),
-                textcoords="offset points",
-                ha="right" if z[row, 0] > high[0] - 0.25 * span[0] else "center",
-                fontsize=9,
-                zorder=5,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
-            )
-    axes.plot([], [], color=GOOD, linewidth=1, label="equal LSC-AND: P(good in both)")
-    axes.plot([], [], color=RAW, linewidth=0.8, linestyle="--", label="equal raw sum")
+        drawn, pale = z[which & shown].T, z[which & ~shown].T
+        axes.scatter(*drawn, s=34, marker=marker, color=colour, linewidths=1.6, label=label, zorder=4)
+        axes.scatter(*pale, s=14, marker=marker, color=colour, linewidths=0.8, alpha=0.25, zorder=2)
+    axes.plot([], [], color=GOOD, linewidth=0.7, alpha=0.7, label="LSC-AND: P(good in both), in %")
+    lines = np.empty((0, 2)) if case is None else _draw_fooled(axes, x, y, z[case.rows[1]], case)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    for name, label in zip(PROPERTIES, (axes.set_xlabel, axes.set_ylabel), strict=True):
+    for name, set_label in zip(PROPERTIES, (axes.set_xlabel, axes.set_ylabel), strict=True):
         unit = "" if SCALES[name] == 1 else f" / {SCALES[name]:g}"
-        label(f"{name}: (score - reference reward){unit}")
-    axes.set_title("A sum lets one property pay for the other; AND does not", fontsize=11)
-    axes.legend(loc="lower left", fontsize=8, ncols=2, framealpha=0.9)
+        set_label(f"{name}: (score - reference reward){unit}")
+    axes.set_title("A sum lets one property pay for the other; AND does not", fontsize=11, pad=18)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=8, ncols=2, frameon=False)
+    return lines
+
+
+def _draw_fooled(axes: Any, x: np.ndarray, y: np.ndarray, best: np.ndarray, case: Fooled) -> np.ndarray:
+    """What the sum and what LSC-AND rank as high as ``best``, LSC-AND's first, and between the two what fools the sum.
+
+    Returns both lines, [points, 2].
+    """
+    level = np.exp(_log_and(*best))
+    gain = case.slopes[0] * (x - best[0]) + case.slopes[1] * (y - best[1])
+    probability = np.exp(_log_and(x, y))
+    lines = (
+        axes.contour(x, y, probability, [level], colors=GOOD, linewidths=1.8),
+        axes.contour(x, y, gain, [0.0], colors=RAW, linewidths=1.4, linestyles="--"),
+    )
+    preferred = ((gain > 0) & (probability < level)).astype(float)
+    axes.contourf(x, y, preferred, [0.5, 1.5], colors=FAILING, alpha=0.13)
+    axes.plot([], [], color=GOOD, linewidth=1.8, label="as good in both as LSC-AND's first")
+    axes.plot([], [], color=RAW, linewidth=1.4, linestyle="--", label=f"the same {case.rule}")
+    axes.fill(
+        [], [], color=FAILING, alpha=0.13, linewidth=0, label="a higher sum, but less probably good in both"
+    )
+    return np.concatenate([path.vertices[::4] for line in lines for path in line.get_paths()])
+
+
+def _note_firsts(axes: Any, found: Findings, case: Fooled, lines: np.ndarray) -> None:
+    """Circle what the sum and LSC-AND rank first, and say what each counts, beside the points."""
+    from matplotlib.text import Text
+
+    z = found.margins
+    to_axes = axes.transData + axes.transAxes.inverted()
+    taken, targets = to_axes.transform(np.concatenate([z, lines])), to_axes.transform(z)
+    for row, rule in zip(case.rows, (f"the {case.rule}", "LSC-AND"), strict=True):
+        axes.scatter(*z[row], s=150, facecolors="none", edgecolors="black", linewidths=1.5, zorder=5)
+        note = axes.annotate(
+            f"first by {rule}:\nsum {case.total[row]:+.1f}, P(good in both) {np.exp(found.utility[row]):.2g}",
+            z[row],
+            xytext=(0, 0),
+            textcoords="axes fraction",
+            fontsize=9,
+            zorder=6,
+            bbox={"facecolor": "white", "edgecolor": "0.6", "linewidth": 0.6, "pad": 3},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "shrinkB": 6},
+        )
+        note.set_in_layout(False)
+        size = Text.get_window_extent(note, axes.figure.canvas.get_renderer()).size / axes.bbox.size
+        corner = _free_place(size, targets[row], taken)
+        note.set_position(tuple(corner))
+        taken = np.concatenate([taken, corner + size * _grid(np.linspace(0, 1, 9), np.linspace(0, 1, 9))])
+
+
+def _grid(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """All points of a grid, [points, 2]."""
+    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+
+def _free_place(size: np.ndarray, target: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """The lower left corner of a box near ``target`` that covers as little as can be of ``taken``, in [0, 1]."""
+    margin = 0.02
+    corners = _grid(*(np.linspace(margin, 1 - margin - side, 40) for side in size))
+    inside = (taken > corners[:, None] - margin) & (taken < corners[:, None] + size + margin)
+    away = np.linalg.norm(np.clip(target, corners, corners + size) - target, axis=1)
+    best: np.ndarray = corners[np.argmin(inside.all(axis=2).sum(axis=1) + away)]
+    return best
+
+
+def _log_and(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """log P(good in both) of two margins."""
+    return -np.logaddexp(0, -x) - np.logaddexp(0, -y)
 
 
 def _draw_times(axes: Any, cells: Sequence[Cell], shape: Shape) -> None:
@@ -108,4 +172,4 @@ def _draw_times(axes: Any, cells: Sequence[Cell], shape: Shape) -> None:
     axes.set_xlabel(
         f"forward + backward, ms ({shape.rows} tokens, vocabulary {shape.vocab}, {cells[0].device})"
     )
-    axes.set_title("KL of nearly equal policies: time, and error against fp64", fontsize=11)
+    axes.set_title("KL of nearly equal policies: time, and error against fp64", fontsize=11, pad=18)

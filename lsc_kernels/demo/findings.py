@@ -21,6 +21,9 @@ class Fooled(NamedTuple):
 
     rule: str
     total: np.ndarray
+    """The sum of each row."""
+    slopes: tuple[float, ...]
+    """What it gains where a property's margin grows by 1. Between answers to one request nothing else differs."""
     rows: tuple[int, int]
 
 
@@ -70,14 +73,17 @@ class Findings:
         least probably good, compared with that of LSC-AND.
         """
         best = self.first(self.utility)
-        for rule, total in (("raw sum", self.raw_sum), ("sum in equal units", self.rescaled_sum)):
+        for rule, total, slopes in (
+            ("raw sum", self.raw_sum, tuple(SCALES[name] for name in PROPERTIES)),
+            ("sum in equal units", self.rescaled_sum, (1.0,) * len(PROPERTIES)),
+        ):
             pairs = zip(self.first(total), best, strict=True)
             cases = [
                 (int(row), int(lsc)) for row, lsc in pairs if self.failing[row] and not self.failing[lsc]
             ]
             if cases:
                 rows = max(cases, key=lambda case: self.utility[case[1]] - self.utility[case[0]])
-                return Fooled(rule, total, rows)
+                return Fooled(rule, total, slopes, rows)
         return None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from rich import filesize
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -31,7 +32,7 @@ class Teller:
     """Prints the story on standard output; what is being done just now shows on a terminal only."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=False)
+        self.console = Console(highlight=False, soft_wrap=False, emoji=False)
         self.console.width = min(self.console.width, WIDTH)
         self.seconds = 0.0
 
@@ -54,7 +55,7 @@ class Teller:
                 )
                 if serving == "eager":
                     self._say(
-                        f"[yellow]No compiled kernels for {device}: {table['native']}. Results are the same, "
+                        f"[yellow]No compiled kernels for {device}: {escape(table['native'])}. Results are the same, "
                         "times are not; `lsc-kernels info` says how to get them.[/]"
                     )
         self._head("1  Two judges who disagree")
@@ -143,9 +144,10 @@ class Teller:
             self._say("With this seed neither sum was fooled where LSC-AND was not.")
             return
         self._say(
-            f"Where the {case.rule} is fooled most: [bold]{_request(found.responses[case.rows[0]].prompt)}[/]"
+            f"Where the {case.rule} is fooled most: "
+            f"[bold]{escape(_request(found.responses[case.rows[0]].prompt))}[/]"
         )
-        for rule, row in zip((case.rule, "LSC-AND"), case.rows, strict=True):
+        for rule, row in zip((f"the {case.rule}", "LSC-AND"), case.rows, strict=True):
             scores = ", ".join(
                 f"{name} {score:+.1f} (reference {reference:+.1f})"
                 for name, score, reference in zip(
@@ -153,7 +155,7 @@ class Teller:
                 )
             )
             self._say(
-                f"  {rule} ranks first: {scores}; {case.rule} {case.total[row]:+.1f}, "
+                f"  First by {rule}: {scores}; {case.rule} {case.total[row]:+.1f}, "
                 f"P(good in both) {np.exp(found.utility[row]):.2g}"
             )
             self.console.print(Padding(Text(found.responses[row].response.strip(), "italic"), (0, 0, 0, 4)))
@@ -186,7 +188,7 @@ class Teller:
         """Where everything is, and how to do it again by hand."""
         self._head(f"Done in {seconds:.0f} s")
         self._say(
-            f"{out}/ holds demo.png, the four models, held_out.jsonl, samples.jsonl, rewards.parquet and "
+            f"{escape(str(out))}/ holds demo.png, the four models, held_out.jsonl, samples.jsonl, rewards.parquet and "
             "speed.json. The same scoring run by hand:"
         )
         self.console.print(command, markup=False, soft_wrap=True)
@@ -196,6 +198,7 @@ class Teller:
         self.console.print(f"\n[bold cyan]{text}[/]{took}")
 
     def _say(self, text: str) -> None:
+        """Print text with rich's markup: what is not written here has to be escaped."""
         self.console.print(text)
 
 
@@ -221,7 +224,7 @@ def _setting(cell: Cell) -> tuple[str, str, str]:
 
 def _timings(cell: Cell, base: Cell) -> list[str]:
     if cell.problem:
-        return [cell.problem, "", "", "", "", ""]
+        return [escape(cell.problem), "", "", "", "", ""]
     forward, both = base.forward / cell.forward, base.forward_backward / cell.forward_backward
     memory = filesize.decimal(cell.extra_bytes or 0)
     return [

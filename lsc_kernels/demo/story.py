@@ -105,8 +105,6 @@ def _scoring(out: Path, folders: dict[str, Path], rows: Path) -> ScoreConfig:
 
 
 def _check(options: Options) -> None:
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"--threads {options.threads}: wants at least 1")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: wants a number of at least 0")
     try:

@@ -99,8 +99,9 @@ def train_reward_model(
 ) -> None:
     """Bradley-Terry: the mean of -log sigmoid((score of the chosen - score of the rejected) / scale).
 
-    That is minus the LSC transform of the chosen score with the rejected one as its reference reward.
-    ``scale`` is the temperature, and so the unit in which this model's scores come out.
+    That is minus the LSC transform of the chosen score with the rejected one as its reference reward; with a scale
+    of 1 it is ``lk.bradley_terry_loss``. ``scale`` is the temperature, and so the unit in which this model's scores
+    come out.
     """
     limit = model.config.max_position_embeddings
     chosen = [encode(tokenizer, p.prompt, p.chosen, limit, end=False)[0] for p in pairs]

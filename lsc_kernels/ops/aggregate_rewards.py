@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -63,11 +64,10 @@ def logic_of(
     formula: Formula | str | None, names: tuple[str, ...] | None, scores: Tensor, weights: Tensor | None
 ) -> Logic:
     """A formula as the backends take it, for ``scores`` [..., K]. The AND of all columns is no formula."""
+    if weights is not None:
+        _check_weights(weights, formula is not None)
     if formula is None:
         return Logic(None, None, weights)
-    if weights is not None and weights.device.type == "cpu" and not torch.compiler.is_compiling():
-        if bool((weights < 0).any()):
-            raise ValueError(f"weights must be >= 0 with a formula; got {weights.min().item()}")
     compiled = compile_formula(formula, names)
     columns, last = scores.shape[-1], max(compiled.columns)
     if last >= columns:
@@ -83,6 +83,17 @@ def logic_of(
     if compiled.plain and len(compiled.columns) == columns:
         return Logic(None, None, weights)
     return Logic(compiled.program, compiled.columns, weights)
+
+
+def _check_weights(weights: Tensor, with_formula: bool) -> None:
+    """Check the values of weights, on the CPU only: no host wait."""
+    if weights.device.type != "cpu" or torch.compiler.is_compiling() or weights.numel() == 0:
+        return
+    low, high = (extreme.item() for extreme in torch.aminmax(weights.detach()))
+    if not (-math.inf < low and high < math.inf):
+        raise ValueError(f"weights must be finite; got {weights[~weights.isfinite()][0].item()}")
+    if with_formula and low < 0:
+        raise ValueError(f"weights must be >= 0 with a formula; got {low}")
 
 
 def check_present(scores: Tensor, columns: Sequence[int] | None) -> None:
@@ -127,7 +138,7 @@ def aggregate_rewards(
         names: K names, one per property; they must differ.
         weights: w, a tensor that broadcasts against ``scores``: the exponent on each property's probability, times the
             formula's own. A property with weight 0 counts as certainly good, even where its score is -inf or NaN.
-            None is 1. With a formula, not negative.
+            None is 1. Finite; with a formula, not negative.
         scale: s > 0, each reward model's Bradley-Terry temperature; a float or a tensor that broadcasts.
         floor: f in [0, 1), the rate at which each judge is wrong; a float or a tensor that broadcasts.
         missing: what a NaN score means. ``propagate``: the utility is NaN. ``ignore``: the property counts as
@@ -146,8 +157,9 @@ def aggregate_rewards(
         ValueError: a formula that does not parse (the message points at the character), or that names a property which
             ``names`` does not have, or a column which ``scores`` does not have; no property, shapes that do not
             broadcast, devices that differ, a ``scale`` that is not finite and positive, a ``floor`` outside [0, 1) or
-            that requires grad, negative ``weights`` with a formula, names that do not fit, an unknown ``missing``; NaN
-            scores with ``missing="raise"``, in columns that the formula reads.
+            that requires grad, ``weights`` that are not finite, or negative with a formula, names that do not fit, an
+            unknown ``missing``; NaN scores with ``missing="raise"``, in columns that the formula reads. Tensors' values
+            are checked on the CPU only.
 
     Source:
         Z. Wang et al., "Transforming and Combining Rewards for Aligning Large Language Models" (2024),

@@ -55,6 +55,11 @@ def masked_whiten(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes that do not match, devices that differ, a negative ``eps``, another ``correction``.
 
+    Source:
+        Whitening of rewards and advantages in PPO: S. Huang et al., "The N+ Implementation Details of RLHF with PPO"
+        (2024), arXiv:2403.17031. The merging of parts: T. Chan et al., "Algorithms for computing the sample variance"
+        (1983).
+
     Example:
         >>> import torch, lsc_kernels as lk
         >>> lk.masked_whiten(torch.tensor([[1.0, 2.0, 3.0, 99.0]]), torch.tensor([[1, 1, 1, 0]]))

@@ -62,6 +62,11 @@ def reward_head(
             scores NaN).
         IndexError: ``index`` outside [0, S), on the CPU; on a GPU that sequence scores NaN.
 
+    Source:
+        A linear head on a language model: D. Ziegler et al., "Fine-Tuning Language Models from Human
+        Preferences" (2019), arXiv:1909.08593. One reward model per property: Z. Wang et al., "Transforming
+        and Combining Rewards for Aligning Large Language Models" (2024), arXiv:2402.00742.
+
     Example:
         >>> import torch, lsc_kernels as lk
         >>> hidden = torch.arange(6.0).reshape(1, 3, 2)  # the last position is padding

@@ -23,9 +23,21 @@ from lsc_kernels.ops.token_rewards import reward_options
 
 
 class ShapedRewards(NamedTuple):
-    """Outputs of :func:`shaped_rewards`: [B, T], but ``utility`` [B] and ``scores`` [B, K].
+    """Outputs of :func:`shaped_rewards`: fp32, or fp64 where fp64 came in.
 
-    ``entropy`` is None where the log-probabilities were given instead of logits.
+    What is per token is 0, and sends no gradient, where ``mask`` or an action of -100 leaves a position out.
+
+    Attributes:
+        rewards: [B, T], in units of utility: -beta kl, plus ``dense``, plus the utility (clipped by ``utility_clip``)
+            at one position. Differentiable in all that it is made of.
+        utility: [B], in nats: the log-probability that the sequence is good, before ``utility_clip``. Differentiable in
+            hidden, weight and bias, or scores, and in reference_reward, scale and weights.
+        scores: [B, K], in units of the reward models: what the heads give, or the ``scores`` given. Differentiable in
+            hidden, weight and bias, or scores.
+        kl: [B, T], in nats, as in :class:`TokenKL`.
+        logprobs: [B, T], in nats, of the actions under the policy; given ones come back as they are.
+        ref_logprobs: [B, T], in nats, likewise under the reference.
+        entropy: [B, T], in nats, the policy's; None where log-probabilities were given instead of logits.
     """
 
     rewards: Tensor

@@ -16,7 +16,17 @@ from lsc_kernels.ops.kl_from_logprobs import kl_options
 
 
 class TokenKL(NamedTuple):
-    """Outputs of :func:`token_kl`, each of the shape of ``actions``, in nats; ``entropy`` is the policy's."""
+    r"""Outputs of :func:`token_kl`: each of the shape of ``actions``, fp32 (fp64 for fp64 logits), in nats.
+
+    Where ``mask`` or an action of -100 leaves a position out, each is 0 and sends no gradient.
+
+    Attributes:
+        kl: the kind asked for, after its clamps, times the importance ratio if ``old_logprobs`` were given. Its
+            gradient is the one that ``grad`` names.
+        logprobs: :math:`\log p_a`, the policy's. Differentiable in ``policy_logits``.
+        ref_logprobs: :math:`\log q_a`, the reference's. Differentiable in ``ref_logits``.
+        entropy: the policy's, :math:`-\sum_v p_v \log p_v`. Differentiable in ``policy_logits``.
+    """
 
     kl: Tensor
     logprobs: Tensor

@@ -14,7 +14,14 @@ from lsc_kernels.ops._autograd import first_derivative, quick_apply
 
 
 class TokenLogprobs(NamedTuple):
-    """Outputs of :func:`token_logprobs`, each of the shape of ``actions``, in nats."""
+    r"""Outputs of :func:`token_logprobs`: each of the shape of ``actions``, fp32 (fp64 for fp64 logits), in nats.
+
+    Where ``mask`` or an action of -100 leaves a position out, each is 0 and sends no gradient.
+
+    Attributes:
+        logprobs: :math:`\log p_a`. Differentiable in ``logits``.
+        entropy: :math:`-\sum_v p_v \log p_v`. Differentiable in ``logits``.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -51,6 +58,10 @@ def token_logprobs(
         TypeError: a dtype that is not supported.
         ValueError: shapes that do not match, devices that differ, a temperature that is not finite and positive.
         IndexError: an action outside [0, V), on the CPU; on a GPU that row is NaN.
+
+    Source:
+        The definitions of both. A normaliser from one read of a row: M. Milakov and N. Gimelshein, "Online normalizer
+        calculation for softmax" (2018), arXiv:1805.02867.
 
     Example:
         >>> import torch, lsc_kernels as lk

@@ -84,6 +84,11 @@ def token_rewards(
         IndexError: ``index`` outside [0, T) in a sequence with a counted position, on the CPU; on a GPU that
             row is NaN.
 
+    Source:
+        The KL penalty in the reward: D. Ziegler et al., "Fine-Tuning Language Models from Human Preferences"
+        (2019), arXiv:1909.08593. The log-probability of being good as the utility: Z. Wang et al.,
+        "Transforming and Combining Rewards for Aligning Large Language Models" (2024), arXiv:2402.00742.
+
     Example:
         >>> import torch, lsc_kernels as lk
         >>> kl = torch.tensor([[0.5, 1.0, 7.0]])
