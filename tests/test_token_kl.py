@@ -539,6 +539,20 @@ class TestInfinities:
             )
             check_values(kl, got, t._replace(x=finite[0], y=finite[1]), {"kl": kl})
 
+    @pytest.mark.parametrize("temperature", [1.0, 0.5])
+    def test_ref_masked_alone_with_the_smallest_number(
+        self, backend: str, generator: Generator, temperature: float
+    ) -> None:
+        """The KL is some part of the largest number, which divided by a temperature may be no float any more."""
+        policy, ref, actions = inputs(generator, "near_1e-1", few(12), 5000)
+        masked = ref.masked_fill(torch.arange(5000) % 3 == 2, torch.finfo(torch.float32).min)
+        assert bool(
+            (lk.token_kl(policy, masked, actions, kl="full", temperature=temperature).kl > 1e30).all()
+        )
+        assert bool(
+            (lk.token_kl(masked, policy, actions, kl="full_reverse", temperature=temperature).kl > 1e30).all()
+        )
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_action_masked_with_the_smallest_number(
         self, backend: str, generator: Generator, dtype: torch.dtype

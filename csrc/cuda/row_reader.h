@@ -529,7 +529,7 @@ class RowReader {
       const RowState<double>& made = memory_.made[warp_index()];
       if (lane_index() == 0) make_stored(origin_, misses);
       sync_warp();
-      if (attempt > 0 || !centre_is_outlier(made)) break;
+      if (attempt > 0 || !centre_is_outlier(made.S, made.D, made.A)) break;
       origin_.set_centre(made.centre + memory_.temperature * made.D / made.S, false, memory_.temperature);
       sync_warp();
     }
@@ -538,9 +538,11 @@ class RowReader {
     origin_from_parked();
   }
 
-  // E[delta]^2 > 3/4 E[delta^2], or far from 0
-  static LSC_DEVICE bool centre_is_outlier(const RowState<double>& s) {
-    return s.D * s.D > 1.5 * s.A * s.S || std::fabs(s.D) > double(kSmallLogRatio) * s.S;
+  // Whether the mean would be a better centre: E[delta]^2 > 3/4 E[delta^2], or far from 0.
+  template <typename Real>
+  static LSC_DEVICE bool centre_is_outlier(Real S, Real D, Real A) {
+    const Real far = std::fabs(D);
+    return (far * far > Real(1.5) * A * S || far > Real(kSmallLogRatio) * S) && far < Real(kLargestCentre) * S;
   }
 
   LSC_DEVICE void origin_from_parked() {
@@ -613,7 +615,7 @@ class RowReader {
   LSC_DEVICE void choose_centre(const float (&x)[kColumns], const float (&y)[kColumns], double centre, int64_t columns) {
     origin_.set_centre(centre, false, memory_.temperature);
     Check tile = check(x, y);
-    if (tile.D * tile.D > 1.5f * tile.A * tile.S || fabsf(tile.D) > kSmallLogRatio * tile.S) {
+    if (centre_is_outlier(tile.S, tile.D, tile.A)) {
       const double mean = centre + memory_.temperature * double(tile.D / tile.S);
       origin_.set_centre(mean, false, memory_.temperature);
       sync_block();

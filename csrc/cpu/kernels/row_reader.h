@@ -455,10 +455,12 @@ class RowReader {
   void go_over_again(const T* x, const T* y, int n, const Origin& origin, Tile& tile) {
     const RowState<double>&row = tile.row, &small = tile.small;
     const double away = tile.about_outlier() ? (row.D - small.D) / (row.S - small.S) : small.D / small.S;
-    const Origin there(origin.main_scale, origin.other_scale, origin.centre + temperature_ * away, temperature_);
-    Tile again;
-    add_as<Two::mixed>(x, y, n, there, Ratio::exact, again);
-    if (again.small.S >= 0.999 * small.S) tile = again;
+    if (std::fabs(away) < kLargestCentre) {
+      const Origin there(origin.main_scale, origin.other_scale, origin.centre + temperature_ * away, temperature_);
+      Tile again;
+      add_as<Two::mixed>(x, y, n, there, Ratio::exact, again);
+      if (again.small.S >= 0.999 * small.S) tile = again;
+    }
     choose(tile.large_pairs, n);
   }
 
