@@ -194,6 +194,13 @@ class TestValues:
 
 
 class TestGradients:
+    @pytest.mark.parametrize("backend", ["native"], indirect=True)
+    @pytest.mark.parametrize("vocabulary", [7, 13, 29])
+    def test_many_short_rows(self, backend: str, generator: Generator, vocabulary: int) -> None:
+        """Where the reference is sure of the action, 1 - q is what the smallest weights leave beside the largest."""
+        policy, ref, actions = inputs(generator, "independent", 3000, vocabulary)
+        check_token_kl_gradients(policy, ref, actions, generator, kl="k3", combinations=(("kl",),))
+
     @pytest.mark.parametrize("kl", KINDS)
     @pytest.mark.parametrize("grad", ["autograd", "straight_through"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

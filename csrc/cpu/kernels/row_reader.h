@@ -320,15 +320,17 @@ __attribute__((noinline, flatten)) void add_tile(
     gather(has_large());
   }
   if (i < n) {
-    for (; i < n; i += kPair) {
-      // what there is no column for is -inf in both models, which only the sums of large columns can tell
-      const auto last = [&](int first) {
-        const int left = std::clamp(n - first, 0, Vec::kLanes);
-        return columns(load_first(x + first, left, -INFINITY), load_first(y + first, left, -INFINITY));
-      };
-      const Columns a = last(i), b = last(i + Vec::kLanes);
-      add_entropy(a, b);
-      add_large(a, b);
+    // what there is no column for is -inf in both models, which only the sums of large columns can tell
+    const auto last = [&](int first) {
+      const int left = std::clamp(n - first, 0, Vec::kLanes);
+      return columns(load_first(x + first, left, -INFINITY), load_first(y + first, left, -INFINITY));
+    };
+    const Columns none = last(n);
+    // one vector at a time: all of a short row is here, and a float sum beside its largest weight would cost digits
+    for (; i < n; i += Vec::kLanes) {
+      const Columns a = last(i);
+      add_entropy(a, none);
+      add_large(a, none);
       gather_weights(true);
     }
     gather(true);

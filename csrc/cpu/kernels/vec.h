@@ -100,8 +100,8 @@ struct WideSum {
   __m512d lanes = _mm512_setzero_pd();
 
   void add(Vec a) {
-    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
-    lanes = _mm512_add_pd(lanes, _mm512_cvtps_pd(halves));
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
+    lanes = _mm512_add_pd(lanes, _mm512_add_pd(low, high));
   }
   double total() const { return _mm512_reduce_add_pd(lanes); }
 };
@@ -202,8 +202,8 @@ struct WideSum {
   __m256d lanes = _mm256_setzero_pd();
 
   void add(Vec a) {
-    const __m128 halves = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-    lanes = _mm256_add_pd(lanes, _mm256_cvtps_pd(halves));
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1));
+    lanes = _mm256_add_pd(lanes, _mm256_add_pd(low, high));
   }
   double total() const {
     const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(lanes), _mm256_extractf128_pd(lanes, 1));
@@ -279,7 +279,7 @@ struct WideSum {
   double lanes[2] = {0, 0};
 
   void add(Vec a) {
-    for (int i = 0; i < 2; ++i) lanes[i] += double(a.v[i] + a.v[i + 2]);
+    for (int i = 0; i < 2; ++i) lanes[i] += double(a.v[i]) + a.v[i + 2];
   }
   double total() const { return lanes[0] + lanes[1]; }
 };
