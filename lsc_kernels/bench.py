@@ -21,7 +21,6 @@ import lsc_kernels
 from lsc_kernels import info
 from lsc_kernels.demo import speed
 from lsc_kernels.errors import UserError
-from lsc_kernels.options import check_seed, check_threads
 from lsc_kernels.score.batching import out_of_memory
 
 READ_BYTES = 256 * 2**20
@@ -56,8 +55,6 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, option)
         if value < 1:
             raise UserError(f"--{option} {value}: wants at least 1")
-    check_threads(args.threads)
-    check_seed(args.seed)
     check_memory(args.rows, args.vocab)
     if args.threads:
         torch.set_num_threads(args.threads)
