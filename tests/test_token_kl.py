@@ -100,7 +100,15 @@ class TestValues:
             for kl in some(generator, ("k3", "full", "full_reverse")):
                 check_token_kl(policy, ref, actions, kl=kl, name=f"{regime} V={vocabulary} {dtype} {kl}")
 
-    @pytest.mark.parametrize("backend", ["native"], indirect=True)
+    @pytest.mark.parametrize("backend", ["native", "cuda-emulated"], indirect=True)
+    @pytest.mark.parametrize("regime", REGIMES)
+    def test_many_rows_of_a_few_tiles(self, backend: str, generator: Generator, regime: str) -> None:
+        """What is decided while a row is read, in one row of twenty."""
+        policy, ref, actions = inputs(generator, regime, 96, 5001)
+        for kl, temperature in (("full", 0.7), ("full_reverse", 1.0)):
+            check_token_kl(policy, ref, actions, kl=kl, temperature=temperature, name=f"{regime} {kl}")
+
+    @pytest.mark.parametrize("backend", ["native", "cuda-emulated"], indirect=True)
     @pytest.mark.parametrize("regime", REGIMES)
     def test_long_rows(self, backend: str, generator: Generator, regime: str) -> None:
         """Rows of many tiles and two chunks: what the first ones say of the others may be wrong."""

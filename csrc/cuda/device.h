@@ -81,6 +81,7 @@ inline float exp2_fast(float x) {
   if (x == std::floor(x)) return float(exact);
   return float(exact * (float_to_bits(x) & 1 ? 1 + 1e-7 : 1 - 1e-7));
 }
+inline uint32_t largest3(uint32_t a, uint32_t b, uint32_t c) { return a < b ? (b < c ? c : b) : (a < c ? c : a); }
 // NaN where either is
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? b : a; }
 
@@ -148,6 +149,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 }
+__device__ __forceinline__ uint32_t largest3(uint32_t a, uint32_t b, uint32_t c) { return __vimax3_u32(a, b, c); }
 __device__ __forceinline__ float max_nan(float a, float b) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));

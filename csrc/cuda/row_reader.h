@@ -1,25 +1,27 @@
 // Reads a row of one or two models' logits once, block by block, and makes its RowState.
 //
-// Design constraint: a pair of bf16 logits may take about 20 instructions of a thread if the memory of an H200 is to be kept
-// busy. So there is one exponential per pair, no pass for the maximum, no barrier in the loop, and what is seldom needed
-// stands in branches that whole warps take.
+// Design constraint: a pair of bf16 logits may take about 25 instructions of a thread if the memory of an H200 is to be kept
+// busy. So there is one exponential per pair, no pass for the maximum, no barrier in the loop, one branch a tile that whole
+// warps take for all that is seldom needed, and nothing in the loop that has to do with the end of a row.
 //
 // Who computes what. A row is cut into chunks of kChunk columns; the cut depends on V alone. A block reads a chunk in tiles:
 //
 //   start   All threads find the largest main logit of the first tile, about which the chunk's sums are taken: m, and as
 //           the centre c the difference x - y there; or the tile's weighted mean of x - y, if that logit is unlike the rest.
-//   loop    Each thread adds its columns to float sums of its own. Warps do not wait for one another. A warp whose vector
-//           holds a logit above m (which shows in the sum of its weights) takes that for its m; one far above brings its
-//           own centre too, and then the sums so far are parked as a RowState in double.
+//   loop    Each thread adds its columns to float sums of its own. Warps do not wait for one another. A warp votes once a tile
+//           whether its columns are the usual ones; the sums that it has made by then tell. If not, it takes the tile again
+//           with care, and the next ones too while they need it. A logit above m (which shows in the sum of the weights)
+//           becomes its m; one far above brings its own centre too, and then the sums so far are parked as a RowState in
+//           double.
 //   end     The sums of the threads are added up in double, and become the chunk's state with what was parked. A warp whose
 //           columns turn out to be elsewhere than the centre takes them once more, from the second cache.
 //
 // The states of the chunks are merged in a fixed order, by the lanes of a warp: the same bits whether one block read them
 // all or each another block.
 //
-// Two ways to take delta = (x - y)/T - c/T. Where the centre is no larger than the spread of the differences about it, and
-// than 1, the rounding of x - y is no larger than delta's own, and two instructions do. Elsewhere (a reference shifted
-// against the policy) the exact difference of math/log_ratio.h is taken. Which it is, is decided with the origin.
+// Two ways to take delta = (x - y)/T - c/T. Where the centre is no larger than a few spreads of the differences about it, and
+// than T, the rounding of x - y is no larger than a few of delta's own, and two instructions do. Elsewhere (a reference
+// shifted against the policy) the exact difference of math/log_ratio.h is taken. Which it is, is decided with the origin.
 //
 // w = 2^((x - m) k), k = log2(e)/T, is exactly 1 at the largest logit: what is left of 1 where a row is sure of one token
 // stays accurate to its own size.
@@ -45,8 +47,12 @@ constexpr float kLevel = 1;
 constexpr float kRise = 4;
 // A sum may lose one part in this many of its digits' worth to a centre that turns out to be elsewhere.
 constexpr double kLost = 16;
+// A centre of so many spreads may cost a log ratio that many of its own roundings.
+constexpr float kPlainCentre = 4;
 // A maximum below all logits: the first that is not -inf rises above it.
 constexpr float kUnseen = -3e38f;
+// 2^u is 0 from here on.
+constexpr float kWeightless = -200;
 constexpr float kLog2e = 0x1.715476p+0f;
 
 struct Temperature {
@@ -246,177 +252,221 @@ class RowReader {
   // them, which is its first lane's.
   template <typename Take>
   LSC_DEVICE void read(int64_t begin, int64_t end, const Take& take) {
-    begin_copies(begin, end, 0);
-    int stage = 0;
-    bool again = false;
-    for (int64_t tile = begin; tile < end; tile += kTile) {
-      wait_copies<kStages<T> - 2>();
-      float x[kColumns], y[kColumns];
-      unpack(stage, x, y);
-      // into the place of the tile before this one
-      copy(tile + (kStages<T> - 1) * kTile, end, (stage + kStages<T> - 1) % kStages<T>);
-      if ((tile - begin) % kChunk == 0 && !again) start(x, y, end - tile);
-      add(x, y, stage);
-      if ((tile - begin) % kChunk == kChunk - kTile || tile + kTile >= end) {
+    begin_copies(begin, end);
+    for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+      const int columns = end - chunk < kChunk ? int(end - chunk) : int(kChunk);
+      start(columns);
+      for (bool again = false;;) {
+        for (int left = columns; left > 0; left -= kTile) add_tile();
         again = takes_again(again);
-        if (again) {
-          tile -= (tile - begin) % kChunk + kTile;
-          wait_copies<0>();
-          begin_copies(tile + kTile, end, stage + 1);
-        } else {
-          finish((tile - begin) / kChunk, take);
-        }
+        if (!again) break;
+        wait_copies<0>();
+        begin_copies(chunk, end);
       }
-      stage = (stage + 1) % kStages<T>;
+      finish((chunk - begin) / kChunk, take);
     }
     wait_copies<0>();
   }
 
  private:
-  // A thread's columns about an origin.
-  struct Step {
-    float u[kColumns], w[kColumns], delta[kColumns];
-    float total;
-    bool small;  // every |delta| < 0.7
-  };
+  static constexpr unsigned kTileBytes = kStageBytes / kStages<T>;
 
-  LSC_DEVICE unsigned char* staged(int model, int stage) const {
-    return memory_.stages[model] + stage * (kStageBytes / kStages<T>);
-  }
-  LSC_DEVICE void copy(int64_t tile, int64_t end, int stage) const {
-    if (tile < end) {
-      main_.copy(tile, end, staged(0, stage));
-      if constexpr (kPair) other_.copy(tile, end, staged(1, stage));
+  LSC_DEVICE unsigned char* staged(int model, unsigned stage) const { return memory_.stages[model] + stage; }
+
+  // Tiles are copied a few ahead of those that are added up, in turn into the places of a ring.
+  LSC_DEVICE void begin_copies(int64_t tile, int64_t end) {
+    first_ = tile, end_ = end, copied_ = 0, wide_tiles_ = 0, stage_ = 0;
+    if constexpr (!std::is_same_v<T, Mixed>) {
+      if (main_.wide() && other_.wide()) wide_tiles_ = int((end - tile) / kTile);
+      main_first_ = main_.group(tile), other_first_ = other_.group(tile);
     }
+#pragma unroll 1
+    for (int i = 0; i + 1 < kStages<T>; ++i) copy_next(i * kTileBytes);
+  }
+  LSC_DEVICE void copy_next(unsigned stage) {
+    if (copied_ < wide_tiles_) {
+      copy_wide(main_first_ + int64_t(copied_) * kTile, staged(0, stage));
+      if constexpr (kPair) copy_wide(other_first_ + int64_t(copied_) * kTile, staged(1, stage));
+    } else if (const int64_t tile = first_ + int64_t(copied_) * kTile; tile < end_) {
+      main_.copy(tile, end_, staged(0, stage));
+      if constexpr (kPair) other_.copy(tile, end_, staged(1, stage));
+    }
+    ++copied_;
     end_batch();
   }
-  // Of the first tiles from one on, into the stages from one on.
-  LSC_DEVICE void begin_copies(int64_t tile, int64_t end, int stage) const {
-#pragma unroll
-    for (int i = 0; i + 1 < kStages<T>; ++i) copy(tile + i * kTile, end, (stage + i) % kStages<T>);
-  }
-  LSC_DEVICE void unpack(int stage, float (&x)[kColumns], float (&y)[kColumns]) const {
-    main_.unpack(staged(0, stage), x);
+  LSC_DEVICE void unpack(float (&x)[kColumns], float (&y)[kColumns]) const {
+    main_.unpack(staged(0, stage_), x);
     if constexpr (kPair) {
-      other_.unpack(staged(1, stage), y);
+      other_.unpack(staged(1, stage_), y);
     } else {
       for (float& each : y) each = 0;
     }
   }
 
-  LSC_DEVICE Step weigh(const float (&x)[kColumns], const float (&y)[kColumns], const Origin& origin) const {
-    Step s;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      s.u[i] = max_nan((x[i] - origin.main) * t_.k, -200.0f);  // so that 0 u is 0
-      s.w[i] = exp2_fast(s.u[i]);
-    }
-    s.total = sum(s.w);
-    s.small = true;
-    if constexpr (kPair) {
-      if (origin.plain) {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) s.delta[i] = fma(x[i] - y[i], t_.inverse, -origin.centre);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-          s.delta[i] = centred_difference(x[i], y[i], origin.centre, origin.centre_low) * t_.inverse;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) s.small = s.small && fabsf(s.delta[i]) < kSmallLogRatio;
-    }
-    return s;
+  LSC_DEVICE void add_tile() {
+    wait_copies<kStages<T> - 2>();
+    // into the place of the tile before this one
+    copy_next((stage_ - kTileBytes) % kStageBytes);
+    const bool added = way_ == Way::plain ? add_usual<true>() : way_ == Way::exact ? add_usual<false>() : false;
+    if (!added) add_unusual();
+    stage_ = (stage_ + kTileBytes) % kStageBytes;
   }
 
   static LSC_DEVICE float sum(const float (&v)[kColumns]) {
     return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
   }
 
-  LSC_DEVICE void add(const float (&x)[kColumns], const float (&y)[kColumns], int stage) {
-    const Step s = weigh(x, y, origin_);
-    if (any_lane(!(s.total <= kLevel && s.small))) {
-      add_rare(s, weigh_other(x, y, s), stage);
-      return;
+  template <bool kPlain>
+  LSC_DEVICE float delta_of(float x, float y) const {
+    if constexpr (!kPair) return 0;
+    if constexpr (kPlain) return fma(x - y, t_.inverse, -origin_.centre);
+    return centred_difference(x, y, origin_.centre, origin_.centre_low) * t_.inverse;
+  }
+
+  // Adds a column whose |delta| is small. `h` is of the policy where that is the other model: w e^-delta and its logarithm.
+  static LSC_DEVICE void add_small(float u, float w, float delta, float& d, float& a, float& h) {
+    const float square = delta * delta, P = expm1_remainder(delta);
+    d = fma(w, delta, d);
+    a = fma(w * square, P, a);
+    if constexpr (kReverse) h = fma(fma(w * square, P, fma(-w, delta, w)), fma(delta, -kLog2e, u), h);
+  }
+
+  // A tile in which no |delta| is large, no logit outweighs those so far, and nothing is infinite or NaN, where it shows in the sums:
+  // 0 u and a comparison with NaN. False if it is another one, and has not been added.
+  template <bool kPlain>
+  LSC_DEVICE bool add_usual() {
+    float x[kColumns], y[kColumns], u[kColumns], w[kColumns], delta[kColumns];
+    unpack(x, y);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      u[i] = (x[i] - origin_.main) * t_.k;
+      w[i] = exp2_fast(u[i]);
+      delta[i] = delta_of<kPlain>(x[i], y[i]);
     }
     float d = 0, a = 0, h = 0;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) add_small(s.u[i], s.w[i], s.delta[i], d, a, h);
-    sums_.S.add(s.total);
-    sums_.D += d, sums_.A += a, sums_.H += h;
-  }
-
-  static LSC_DEVICE void add_small(float u, float w, float delta, float& d, float& a, float& h) {
-    if constexpr (kPair) {
-      const float wd = w * delta, square = wd * delta, P = expm1_remainder(delta);
-      d += wd;
-      a = fma(square, P, a);
-      // the policy is the other model: w e^-delta and its logarithm
-      if constexpr (kReverse) h = fma(fma(square, P, w - wd), fma(delta, -kLog2e, u), h);
+    for (int i = 0; i < kColumns; ++i) {
+      if constexpr (!kReverse) h = fma(w[i], u[i], h);
+      if constexpr (kPair) add_small(u[i], w[i], delta[i], d, a, h);
     }
-    if constexpr (!kReverse) h = fma(w, u, h);
+    const float total = sum(w);
+    const bool usual = (total <= kLevel) & are_small(delta) & (h > -INFINITY);
+    if (any_lane(!usual)) return false;
+    sums_.S.add(total);
+    sums_.D += d, sums_.A += a, sums_.H += h;
+    return true;
   }
 
-  LSC_DEVICE float from_other(float y, float other) const { return max_nan((y - other) * t_.k, -200.0f); }
+  static LSC_DEVICE bool is_small(float delta) { return fabsf(delta) < kSmallLogRatio; }
 
-  // What the large lanes have of the other model.
-  struct OtherStep {
-    float v[kColumns], vh;
-    bool misses;
+  // By their squares, which are needed anyway, as bits, among which those of NaN are the largest.
+  static LSC_DEVICE bool are_small(const float (&delta)[kColumns]) {
+    uint32_t bits[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) bits[i] = float_to_bits(delta[i] * delta[i]);
+    const uint32_t largest =
+        largest3(largest3(bits[0], bits[1], bits[2]), largest3(bits[3], bits[4], bits[5]), largest3(bits[6], bits[7], bits[7]));
+    return largest < float_to_bits(kSmallLogRatio * kSmallLogRatio);
+  }
+
+  // How a warp takes its next tile: as a usual one, with one of two kinds of differences, or not.
+  enum class Way { plain, exact, careful };
+
+  // A thread's columns about an origin, whatever they are. u is limited to where its weight is 0, so that 0 u is 0.
+  struct Step {
+    float u[kColumns], w[kColumns], delta[kColumns];
+    float v[kColumns], vh;  // what the columns of large |delta| have of the other model
+    float total, total_v;
   };
 
-  LSC_DEVICE OtherStep weigh_other(const float (&x)[kColumns], const float (&y)[kColumns], const Step& s) const {
-    OtherStep o;
-    o.vh = 0, o.misses = false;
+  LSC_DEVICE Step weigh(const float (&x)[kColumns], const float (&y)[kColumns]) const {
+    Step s;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      const float u = from_other(y[i], origin_.other);
-      o.v[i] = !kPair || fabsf(s.delta[i]) < kSmallLogRatio ? 0.0f : exp2_fast(u);
-      if constexpr (kReverse) o.vh = fma(o.v[i], u, o.vh);
-      if constexpr (kPair) o.misses = o.misses || (y[i] == -INFINITY && x[i] > -INFINITY) || (s.delta[i] == INFINITY && s.w[i] > 0);
+      s.u[i] = max_nan((x[i] - origin_.main) * t_.k, kWeightless);
+      s.w[i] = exp2_fast(s.u[i]);
     }
-    return o;
-  }
-
-  // A vector with something unusual: a large |delta|, an infinity, a NaN, the end of the row, or a logit that may outweigh
-  // all so far.
-  LSC_DEVICE void add_rare(const Step& s, const OtherStep& o, int stage) {
-    if (!any_lane(!(s.total <= kLevel && sum(o.v) <= kLevel))) {
-      add_carefully(s, o);
-    } else if (!raise(stage)) {
-      add_anew(stage);
-    }
-  }
-
-  LSC_DEVICE void add_anew(int stage) {
-    float x[kColumns], y[kColumns];
-    unpack(stage, x, y);
-    const Step s = weigh(x, y, origin_);
-    add_carefully(s, weigh_other(x, y, s));
-  }
-
-  LSC_DEVICE void add_carefully(const Step& s, const OtherStep& o) {
-    float small[kColumns], large[kColumns], d = 0, a = 0, h = 0, wd = 0;
+    s.total = sum(s.w);
+    if (origin_.plain) {
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const bool is_small = !kPair || fabsf(s.delta[i]) < kSmallLogRatio;
-      small[i] = is_small ? s.w[i] : 0.0f;
-      large[i] = is_small ? 0.0f : s.w[i];
-      add_small(s.u[i], small[i], is_small ? s.delta[i] : 0.0f, d, a, h);
-      if constexpr (kPair) {
-        if constexpr (!kReverse) h = fma(large[i], s.u[i], h);
-        wd = fma(large[i], fabsf(s.delta[i]) < INFINITY ? s.delta[i] : 0.0f, wd);
-      }
+      for (int i = 0; i < kColumns; ++i) s.delta[i] = delta_of<true>(x[i], y[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) s.delta[i] = delta_of<false>(x[i], y[i]);
     }
-    sums_.S.add(sum(small));
-    sums_.D += d, sums_.A += a, sums_.H += h;
+    s.vh = 0, s.total_v = 0;
     if constexpr (kPair) {
-      LargeSums& sums = large_sums();
-      sums.W.add(sum(large)), sums.V.add(sum(o.v));
-      sums.WD += wd, sums.VH += o.vh;
-      sums.other_misses = sums.other_misses || o.misses;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const float u = max_nan((y[i] - origin_.other) * t_.k, kWeightless);
+        s.v[i] = is_small(s.delta[i]) ? 0.0f : exp2_fast(u);
+        if constexpr (kReverse) s.vh = fma(s.v[i], u, s.vh);
+      }
+      s.total_v = sum(s.v);
+    }
+    return s;
+  }
+
+  LSC_DEVICE void add_unusual() {
+    float x[kColumns], y[kColumns];
+    unpack(x, y);
+    const Step s = weigh(x, y);
+    if (!any_lane(!(s.total <= kLevel && s.total_v <= kLevel))) {
+      add(s);
+    } else if (!raise()) {
+      add_anew();
     }
   }
+
+  LSC_DEVICE void add_anew() {
+    float x[kColumns], y[kColumns];
+    unpack(x, y);
+    add(weigh(x, y));
+  }
+
+  LSC_DEVICE void add(const Step& s) {
+    if constexpr (!kPair) {
+      sums_.S.add(s.total);
+      float h = 0;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) h = fma(s.w[i], s.u[i], h);
+      sums_.H += h;
+    } else {
+      float small[kColumns], large[kColumns], d = 0, a = 0, h = 0, wd = 0;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        small[i] = is_small(s.delta[i]) ? s.w[i] : 0.0f;
+        large[i] = is_small(s.delta[i]) ? 0.0f : s.w[i];
+        if constexpr (!kReverse) h = fma(s.w[i], s.u[i], h);
+        add_small(s.u[i], small[i], is_small(s.delta[i]) ? s.delta[i] : 0.0f, d, a, h);
+        wd = fma(large[i], s.delta[i], wd);
+      }
+      const float total_large = sum(large);
+      sums_.S.add(sum(small));
+      sums_.D += d, sums_.A += a, sums_.H += h;
+      LargeSums& sums = large_sums();
+      if (any_lane(!(fabsf(wd) < INFINITY))) {
+        float x[kColumns], y[kColumns];
+        unpack(x, y);
+        wd = 0;
+        bool misses = sums.other_misses;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          wd = fma(large[i], fabsf(s.delta[i]) < INFINITY ? s.delta[i] : 0.0f, wd);
+          misses |= (y[i] == -INFINITY) & (x[i] > -INFINITY) | (s.delta[i] == INFINITY) & (s.w[i] > 0);
+        }
+        sums.other_misses = misses;
+      }
+      sums.W.add(total_large), sums.V.add(s.total_v);
+      sums.WD += wd, sums.VH += s.vh;
+    }
+    // as is one tile, so is the next
+    bool usual = are_small(s.delta);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) usual &= !(s.u[i] <= kWeightless);
+    way_ = any_lane(!usual) ? Way::careful : usual_way();
+  }
+  LSC_DEVICE Way usual_way() const { return origin_.plain ? Way::plain : Way::exact; }
 
   LSC_DEVICE LargeSums& large_sums() { return memory_.large[int(thread_index())]; }
   LSC_DEVICE void clear_sums() {
@@ -479,9 +529,9 @@ class RowReader {
 
   // Takes new maxima from the warp's vector. True if that moved the centre, and the vector has been added on the way. NaN
   // and +inf change nothing: they spread through the sums.
-  LSC_DEVICE bool raise(int stage) {
+  LSC_DEVICE bool raise() {
     float x[kColumns], y[kColumns];
-    unpack(stage, x, y);
+    unpack(x, y);
     const float own = largest(x), main_max = warp_max(own), other_max = kPair ? warp_max(largest(y)) : kUnseen;
     const bool other_rises = kPair && other_max > origin_.other && other_max < INFINITY;
     if (main_max > origin_.main && main_max < INFINITY) {
@@ -492,7 +542,7 @@ class RowReader {
         while (!(holders >> holder & 1)) ++holder;
         const float difference = main_max - shuffle(beside(x, y, own), holder);
         const float other = other_rises ? other_max : origin_.other;
-        move_origin(main_max, other, centre_between(difference, main_max, other), stage);
+        move_origin(main_max, other, centre_between(difference, main_max, other));
         return true;
       }
       lower_main<kReading>(sums_, large_sums(), -rise);
@@ -517,12 +567,12 @@ class RowReader {
 
   // Parks the sums so far, and the vector's own state about its largest logit, or about its mean if that suits it better.
   // The vector is taken again from the block's memory, which leaves the loop its registers.
-  LSC_DEVICE void move_origin(float main_max, float other_max, float centre, int stage) {
+  LSC_DEVICE void move_origin(float main_max, float other_max, float centre) {
     absorb();
     origin_.main = main_max, origin_.other = other_max;
     origin_.set_centre(centre, false, memory_.temperature);
     for (int attempt = 0;; ++attempt) {
-      add_anew(stage);
+      add_anew();
       store_totals();
       const bool misses = any_lane(large_sums().other_misses);
       clear_sums();
@@ -536,6 +586,7 @@ class RowReader {
     if (lane_index() == 0) park_made();
     sync_warp();
     origin_from_parked();
+    if (way_ != Way::careful) way_ = usual_way();
   }
 
   // Whether the mean would be a better centre: E[delta]^2 > 3/4 E[delta^2], or far from 0.
@@ -550,11 +601,15 @@ class RowReader {
     origin_.main = float(parked.main_scale);
     origin_.other = parked.other_S > 0 ? float(parked.other_scale) : kUnseen;
     const double spread = memory_.temperature * std::sqrt(2 * parked.A / parked.S);
-    origin_.set_centre(parked.centre, std::fabs(parked.centre) <= fmin(spread, double(memory_.spread[warp_index()])), memory_.temperature);
+    const double plain = kPlainCentre * fmin(spread, double(memory_.spread[warp_index()]));
+    origin_.set_centre(parked.centre, std::fabs(parked.centre) <= plain, memory_.temperature);
   }
 
-  // Block: the origin of a chunk, from its first tile.
-  LSC_DEVICE void start(const float (&x)[kColumns], const float (&y)[kColumns], int64_t columns) {
+  // Block: the origin of a chunk of so many columns, from its first tile.
+  LSC_DEVICE void start(int columns) {
+    wait_copies<kStages<T> - 2>();
+    float x[kColumns], y[kColumns];
+    unpack(x, y);
     clear_sums();
     parked_ = false;
     float main_max = largest(x), other = kPair ? beside(x, y, main_max) : 0.0f, other_max = kPair ? largest(y) : 0.0f;
@@ -584,6 +639,7 @@ class RowReader {
       if (other_max > -INFINITY && other_max < INFINITY) origin_.other = other_max;
       choose_centre(x, y, centre_between(main_max - other, main_max, origin_.other), columns < kTile ? columns : kTile);
     }
+    way_ = usual_way();
   }
 
   struct Check {
@@ -591,7 +647,7 @@ class RowReader {
   };
 
   LSC_DEVICE Check check(const float (&x)[kColumns], const float (&y)[kColumns]) {
-    const Step s = weigh(x, y, origin_);
+    const Step s = weigh(x, y);
     float sums[4] = {s.total, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -612,7 +668,7 @@ class RowReader {
     return all;
   }
 
-  LSC_DEVICE void choose_centre(const float (&x)[kColumns], const float (&y)[kColumns], double centre, int64_t columns) {
+  LSC_DEVICE void choose_centre(const float (&x)[kColumns], const float (&y)[kColumns], double centre, int columns) {
     origin_.set_centre(centre, false, memory_.temperature);
     Check tile = check(x, y);
     if (centre_is_outlier(tile.S, tile.D, tile.A)) {
@@ -629,7 +685,7 @@ class RowReader {
     }
     const float temperature = float(memory_.temperature), spread = temperature * fminf(1.0f, tile.far / float(columns));
     const float weighted = temperature * sqrtf(2 * tile.A / tile.S);
-    const bool plain = std::fabs(centre) <= double(weighted < spread ? weighted : spread);
+    const bool plain = std::fabs(centre) <= double(kPlainCentre * (weighted < spread ? weighted : spread));
     if (lane_index() == 0) memory_.spread[warp_index()] = spread;
     sync_warp();
     if (plain) origin_.set_centre(centre, true, memory_.temperature);
@@ -649,6 +705,7 @@ class RowReader {
     origin_.set_centre(centre, false, memory_.temperature);
     sync_warp();
     parked_ = false;
+    way_ = usual_way();
     clear_sums();
     return true;
   }
@@ -699,6 +756,12 @@ class RowReader {
   Origin origin_;
   Sums sums_;
   bool parked_ = false;
+  Way way_;
+  // the ring of copies: they begin with the tile at first_; of those, so many are copied, or can be in loads of 16 bytes
+  int64_t first_, end_;
+  const T *main_first_, *other_first_;  // this thread's part of it
+  int copied_, wide_tiles_;
+  unsigned stage_;  // where the tile to be added up lies, in bytes
 };
 
 }  // namespace LSC_ISA

@@ -55,9 +55,9 @@ LSC_DEVICE void read_group(const T* row, int64_t column, int64_t end, bool wide,
   }
 }
 
-// A thread's columns of a few tiles on their way through the block's memory: 64 bytes a thread and model. Each thread reads
+// A thread's columns of a few tiles on their way through the block's memory: 128 bytes a thread and model. Each thread reads
 // what it copied itself, so there is nothing to wait for but the copy.
-constexpr int kStageBytes = 64 * kThreads;
+constexpr int kStageBytes = 128 * kThreads;
 template <typename T>
 constexpr int kStages = kStageBytes / (kThreads * 32);
 template <>
@@ -78,6 +78,30 @@ LSC_DEVICE void copy_group(const T* row, int64_t column, int64_t end, bool wide,
     T* group = reinterpret_cast<T*>(to);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) group[i] = column + i < end ? row[column + i] : excluded<T>();
+  }
+}
+
+// A whole tile of a row that is aligned. `from` is the thread's first group of it.
+template <typename T>
+LSC_DEVICE void copy_wide(const T* from, unsigned char* stage) {
+#pragma unroll
+  for (int i = 0; i < kColumns / kGroup<T>; ++i) copy_async<16>(staged_group(stage, i), from + i * kThreads * kGroup<T>);
+}
+
+// The floats of kGroup columns. Of two bf16 in a word one is a shift away, the other a mask.
+template <typename T, int kCount>
+LSC_DEVICE void to_floats(const T (&group)[kCount], float* x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    uint32_t words[kCount / 2];
+    memcpy(words, group, sizeof words);
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      x[i] = bits_to_float(words[i / 2] << 16);
+      x[i + 1] = bits_to_float(words[i / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = to_float(group[i]);
   }
 }
 
@@ -106,8 +130,7 @@ class RowSource {
   }
 
   LSC_DEVICE void unpack(const Raw& raw, float (&x)[kColumns]) const {
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) x[i] = to_float(raw.columns[i]);
+    to_floats(raw.columns, x);
   }
 
   LSC_DEVICE void copy(int64_t tile, int64_t end, unsigned char* stage) const {
@@ -122,10 +145,13 @@ class RowSource {
     for (int first = 0; first < kColumns; first += kGroup<T>) {
       T group[kGroup<T>];
       memcpy(group, __builtin_assume_aligned(staged_group(stage, first / kGroup<T>), 16), sizeof group);
-#pragma unroll
-      for (int i = 0; i < kGroup<T>; ++i) x[first + i] = to_float(group[i]);
+      to_floats(group, x + first);
     }
   }
+
+  LSC_DEVICE bool wide() const { return wide_; }
+  // The thread's first columns of a tile.
+  LSC_DEVICE const T* group(int64_t tile) const { return row_ + column_of<T>(tile, 0); }
 
   LSC_DEVICE float at(int64_t column) const { return to_float(row_[column]); }
 
