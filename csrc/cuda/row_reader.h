@@ -34,7 +34,8 @@
 namespace lsc {
 namespace LSC_ISA {
 
-constexpr int64_t kChunk = 32 * kTile;
+constexpr int kTilesOfChunk = 32;
+constexpr int64_t kChunk = kTilesOfChunk * kTile;
 
 LSC_DEVICE int64_t chunks_of(int64_t vocabulary) { return (vocabulary + kChunk - 1) / kChunk; }
 
@@ -198,12 +199,16 @@ struct ReaderMemory {
   Uninitialised<RowState<double>, kWarps> parked, made;  // one of a warp each
   Uninitialised<Origin, kWarps + 1> origin;  // of the warps; and what those have in common that have parked nothing
   Uninitialised<RowState<double>, kWarp> chunks;
-  Uninitialised<RowState<double>, 1> row;
+  Uninitialised<RowState<double>, 1> row_state;
   double summed_A[kWarps];  // of what is parked, each part about the centre it had
   float first[kWarps][4], check[kWarps][4];
   float main[kWarps], other[kWarps];  // the warps' maxima
   bool has_parked[kWarps], other_misses[kWarps];
   bool last, undefined;
+  // Of the row: what the loop seldom needs, and its threads have no registers for.
+  alignas(16) unsigned char sources[2][16];
+  int64_t row, begin, end;
+  RowState<double>* states;  // where those of its chunks go, if other blocks read chunks of it too
   double temperature;
   float spread[kWarps];  // mean |x - y - c| of the chunk's first tile, at most T: a centre as small needs no exact differences
   Uninitialised<LargeSums, kThreads> large;
@@ -243,27 +248,35 @@ class RowReader {
  public:
   static constexpr bool kPair = kReading != Reading::alone, kReverse = kReading == Reading::pair_reversed;
 
-  LSC_DEVICE RowReader(ReaderMemory& memory, const RowSource<T>& main, const RowSource<T>& other, double temperature)
-      : memory_(memory), main_(main), other_(other), t_(temperature) {
-    if (thread_index() == 0) memory_.temperature = temperature;  // read after the first barrier
+  // Of columns [begin, end): whole chunks but for the last of a row.
+  LSC_DEVICE RowReader(
+      ReaderMemory& memory, const RowSource<T>& main, const RowSource<T>& other, double temperature, int64_t begin, int64_t end)
+      : memory_(memory), t_(temperature), main_first_(main.group(begin)), other_first_(other.group(begin)),
+        wide_tiles_(main.wide() && other.wide() ? int((end - begin) / kTile) : 0) {
+    static_assert(sizeof main <= sizeof memory.sources[0]);
+    if (thread_index() == 0) {
+      source(0) = main, source(1) = other;
+      memory.begin = begin, memory.end = end, memory.temperature = temperature;
+    }
+    sync_block();
   }
 
-  // Columns [begin, end), whole chunks but for the last of a row. Warp 0 calls take(i, state) with the state of the i-th of
-  // them, which is its first lane's.
+  // Warp 0 calls take(i, state) with the state of the i-th chunk of them, which is its first lane's.
   template <typename Take>
-  LSC_DEVICE void read(int64_t begin, int64_t end, const Take& take) {
-    begin_copies(begin, end);
-    for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
-      const int columns = end - chunk < kChunk ? int(end - chunk) : int(kChunk);
+  LSC_DEVICE void read(const Take& take) {
+    begin_copies(0);
+    for (int chunk = 0; columns_from(chunk) > 0; ++chunk) {
+      const int64_t ahead = columns_from(chunk);
+      const int columns = ahead < kChunk ? int(ahead) : int(kChunk);
       start(columns);
       for (bool again = false;;) {
         for (int left = columns; left > 0; left -= kTile) add_tile();
         again = takes_again(again);
         if (!again) break;
         wait_copies<0>();
-        begin_copies(chunk, end);
+        begin_copies(chunk * kTilesOfChunk);
       }
-      finish((chunk - begin) / kChunk, take);
+      finish(chunk, take);
     }
     wait_copies<0>();
   }
@@ -273,31 +286,30 @@ class RowReader {
 
   LSC_DEVICE unsigned char* staged(int model, unsigned stage) const { return memory_.stages[model] + stage; }
 
+  LSC_DEVICE int64_t columns_from(int chunk) const { return memory_.end - memory_.begin - chunk * kChunk; }
+  LSC_DEVICE RowSource<T>& source(int model) const { return *reinterpret_cast<RowSource<T>*>(memory_.sources[model]); }
+
   // Tiles are copied a few ahead of those that are added up, in turn into the places of a ring.
-  LSC_DEVICE void begin_copies(int64_t tile, int64_t end) {
-    first_ = tile, end_ = end, copied_ = 0, wide_tiles_ = 0, stage_ = 0;
-    if constexpr (!std::is_same_v<T, Mixed>) {
-      if (main_.wide() && other_.wide()) wide_tiles_ = int((end - tile) / kTile);
-      main_first_ = main_.group(tile), other_first_ = other_.group(tile);
-    }
+  LSC_DEVICE void begin_copies(int tile) {
+    copied_ = tile, stage_ = 0;
 #pragma unroll 1
     for (int i = 0; i + 1 < kStages<T>; ++i) copy_next(i * kTileBytes);
   }
   LSC_DEVICE void copy_next(unsigned stage) {
-    if (copied_ < wide_tiles_) {
+    if (!std::is_same_v<T, Mixed> && copied_ < wide_tiles_) {
       copy_wide(main_first_ + int64_t(copied_) * kTile, staged(0, stage));
       if constexpr (kPair) copy_wide(other_first_ + int64_t(copied_) * kTile, staged(1, stage));
-    } else if (const int64_t tile = first_ + int64_t(copied_) * kTile; tile < end_) {
-      main_.copy(tile, end_, staged(0, stage));
-      if constexpr (kPair) other_.copy(tile, end_, staged(1, stage));
+    } else if (const int64_t tile = memory_.begin + int64_t(copied_) * kTile; tile < memory_.end) {
+      source(0).copy(tile, memory_.end, staged(0, stage));
+      if constexpr (kPair) source(1).copy(tile, memory_.end, staged(1, stage));
     }
     ++copied_;
     end_batch();
   }
   LSC_DEVICE void unpack(float (&x)[kColumns], float (&y)[kColumns]) const {
-    main_.unpack(staged(0, stage_), x);
+    source(0).unpack(staged(0, stage_), x);
     if constexpr (kPair) {
-      other_.unpack(staged(1, stage_), y);
+      source(1).unpack(staged(1, stage_), y);
     } else {
       for (float& each : y) each = 0;
     }
@@ -712,7 +724,7 @@ class RowReader {
 
   // Block: the chunk's state from what its threads have summed.
   template <typename Take>
-  LSC_DEVICE void finish(int64_t chunk, const Take& take) {
+  LSC_DEVICE void finish(int chunk, const Take& take) {
     const bool misses = any_lane(large_sums().other_misses);
     if (lane_index() == 0) {
       memory_.has_parked[warp_index()] = parked_, memory_.other_misses[warp_index()] = misses;
@@ -751,16 +763,15 @@ class RowReader {
   }
 
   ReaderMemory& memory_;
-  const RowSource<T>&main_, &other_;
   const Temperature t_;
   Origin origin_;
   Sums sums_;
   bool parked_ = false;
   Way way_;
-  // the ring of copies: they begin with the tile at first_; of those, so many are copied, or can be in loads of 16 bytes
-  int64_t first_, end_;
-  const T *main_first_, *other_first_;  // this thread's part of it
-  int copied_, wide_tiles_;
+  // the ring of copies: this thread's part of the first tile, those that can be copied in loads of 16 bytes, those that are
+  const T *main_first_, *other_first_;
+  const int wide_tiles_;
+  int copied_;
   unsigned stage_;  // where the tile to be added up lies, in bytes
 };
 

@@ -194,11 +194,19 @@ class RowSource<Mixed> {
     }
   }
 
+  // Aligned or not, it is read as what it is.
+  LSC_DEVICE bool wide() const { return false; }
+  LSC_DEVICE const Mixed* group(int64_t) const { return nullptr; }
+
+  // Without a branch: three ways for each of two models are too much for a multiprocessor's registers.
   LSC_DEVICE void unpack(unsigned char* stage, float (&x)[kColumns]) const {
-    switch (dtype_) {
-      case DType::float32: return unpack_as<float>(stage, x);
-      case DType::bfloat16: return unpack_as<BFloat16>(stage, x);
-      case DType::float16: return unpack_as<Half>(stage, x);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(staged_group(stage, i / kGroup<Mixed>));
+      const int column = i % kGroup<Mixed>;
+      const uint16_t bits = uint16_t(words[column / 2] >> (column % 2 * 16));
+      const float half = dtype_ == DType::bfloat16 ? to_float(BFloat16{bits}) : to_float(Half{bits});
+      x[i] = dtype_ == DType::float32 ? bits_to_float(words[column]) : half;
     }
   }
 
@@ -231,14 +239,6 @@ class RowSource<Mixed> {
                                    staged_group(stage, first / kGroup<Mixed>));
     }
   }
-  template <typename T>
-  LSC_DEVICE void unpack_as(unsigned char* stage, float (&x)[kColumns]) const {
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      x[i] = to_float(reinterpret_cast<const T*>(staged_group(stage, i / kGroup<Mixed>))[i % kGroup<Mixed>]);
-    }
-  }
-
   const char* row_;
   DType dtype_;
   bool wide_;

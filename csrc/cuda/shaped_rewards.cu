@@ -91,18 +91,24 @@ LSC_COLD int64_t settle_place(SequenceMemory& memory, const Sequences& a, int64_
   return place;
 }
 
+// Block: what follows the outputs of a token's row.
+LSC_COLD void end_token(SequenceMemory& memory, const FromLogits& a) {
+  const Sequences& in = a.sequences;
+  const int64_t length = in.placing.length, row = row_of_block(a.tokens.blocks_per_row), sequence = row / length, t = row % length;
+  const int64_t place = settle_place(memory, in, sequence, t, t + 1);
+  if (thread_index() == 0) in.rewards[row] = reward_at(in.placing, sequence, t, in.counts(sequence, t), place);
+}
+
 template <typename T, Reading kReading>
 LSC_KERNEL(kThreads, kBlocksAtOnce<T>) shaped_from_logits(LSC_ARGUMENT FromLogits a) {
   RowMemory& memory = block_memory<RowMemory>();
   const Sequences& in = a.sequences;
   const int64_t length = in.placing.length;
   if (length == 0) return judge_sequence(memory.sequence, in, block_index());
-  const int64_t row = block_index() / a.tokens.blocks_per_row, sequence = row / length, t = row % length;
-  const bool counts = in.counts(sequence, t);
-  if (!token_row<T, kReading>(memory.reader, a.tokens, row, int(block_index() % a.tokens.blocks_per_row), counts)) return;
+  const int64_t row = row_of_block(a.tokens.blocks_per_row);
+  if (!token_row<T, kReading>(memory.reader, a.tokens, row, in.counts(row / length, row % length))) return;
   sync_block();  // the reader's memory becomes the sequence's
-  const int64_t place = settle_place(memory.sequence, in, sequence, t, t + 1);
-  if (thread_index() == 0) in.rewards[row] = reward_at(in.placing, sequence, t, counts, place);
+  end_token(memory.sequence, a);
 }
 
 LSC_DEVICE void write_token(const FromLogprobs& a, int64_t i, bool counts) {

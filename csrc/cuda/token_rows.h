@@ -36,11 +36,15 @@ struct TokenBackward {
   LSC_FN const KLArguments* options() const { return has_kl ? &kl : nullptr; }
 };
 
+// Blocks are fewer than 2^31, and a division of as many bits as that is short.
+LSC_DEVICE int64_t row_of_block(int blocks_per_row) { return unsigned(block_index()) / unsigned(blocks_per_row); }
+LSC_DEVICE int part_of_block(int blocks_per_row) { return int(unsigned(block_index()) % unsigned(blocks_per_row)); }
+
 // Warp 0 brings the states of a row's chunks together, 32 at a time.
+template <bool kReverse>
 class ChunkStates {
  public:
-  LSC_DEVICE ChunkStates(ReaderMemory& memory, double temperature, bool reverse)
-      : memory_(memory), temperature_(temperature), reverse_(reverse) {}
+  LSC_DEVICE explicit ChunkStates(ReaderMemory& memory) : memory_(memory) {}
 
   // `state` is the first lane's.
   LSC_DEVICE void take(int64_t i, const RowState<double>& state) {
@@ -55,7 +59,7 @@ class ChunkStates {
     }
   }
 
-  // After the last of `count`: memory.row is the row's state.
+  // After the last of `count`: memory.row_state is the row's.
   LSC_DEVICE void done(int64_t count) {
     if (count % kWarp != 0) settle(count);
   }
@@ -72,20 +76,18 @@ class ChunkStates {
   LSC_DEVICE void settle(int64_t count) {
     const int n = int((count - 1) % kWarp) + 1;
     sync_warp();
-    merge_all(memory_.chunks.data(), n, temperature_, reverse_);
+    merge_all(memory_.chunks.data(), n, memory_.temperature, kReverse);
     if (lane_index() == 0) {
       if (count <= kWarp) {
-        memory_.row[0] = memory_.chunks[0];
+        memory_.row_state[0] = memory_.chunks[0];
       } else {
-        merge_apart(&memory_.row[0], &memory_.chunks[0], temperature_, reverse_);
+        merge_apart(&memory_.row_state[0], &memory_.chunks[0], memory_.temperature, kReverse);
       }
     }
     sync_warp();
   }
 
   ReaderMemory& memory_;
-  double temperature_;
-  bool reverse_;
 };
 
 // What backward reads of a scale is a float; the other model's may be m - c.
@@ -96,9 +98,9 @@ LSC_COLD void round_scale(RowState<double>& row, double temperature, bool revers
 // One model's row read by itself, whatever its dtype; by the whole block.
 LSC_COLD void read_alone(ReaderMemory& memory, const Rows& rows, int64_t row, int64_t vocabulary, double temperature) {
   const RowSource<Mixed> source(rows, row_offset(rows, row));
-  RowReader<Mixed, Reading::alone> reader(memory, source, source, temperature);
-  ChunkStates chunks(memory, temperature, false);
-  reader.read(0, vocabulary, [&](int64_t i, const RowState<double>& state) { chunks.take(i, state); });
+  RowReader<Mixed, Reading::alone> reader(memory, source, source, temperature, 0, vocabulary);
+  ChunkStates<false> chunks(memory);
+  reader.read([&](int64_t i, const RowState<double>& state) { chunks.take(i, state); });
   if (warp_index() == 0) chunks.done(chunks_of(vocabulary));
   sync_block();
 }
@@ -120,14 +122,59 @@ LSC_COLD void finish_row(const TokenForward& a, int64_t row, const PairRow& pair
   write_row(a.rows, row, pair, x, y, a.options(), a.out);
 }
 
-// Block `part` of a row's: its outputs, where this is the block that writes them, which is then true. Nothing of a row that
-// is not counted is read.
+// Block, after its last chunk: the row's outputs, where this is the block that writes them.
+template <Reading kReading>
+LSC_COLD bool end_row(ReaderMemory& memory, const TokenForward& a) {
+  constexpr bool kPair = kReading != Reading::alone, kReverse = kReading == Reading::pair_reversed;
+  const TokenRows& rows = a.rows;
+  const int64_t row = memory.row, V = rows.vocabulary, chunks = chunks_of(V);
+  const double temperature = memory.temperature;
+  ChunkStates<kReverse> states(memory);
+  if (memory.states) {
+    if (thread_index() == 0) {
+      publish();
+      const unsigned last = unsigned(a.blocks_per_row) - 1;
+      memory.last = atomic_count(a.arrivals + row, last) == last;
+      publish();
+    }
+    sync_block();
+    if (!memory.last) return false;
+    if (warp_index() == 0) states.take_all(a.states + row * chunks, chunks);
+  }
+  if (warp_index() == 0) states.done(chunks);
+
+  PairRow pair{};
+  if (thread_index() == 0) {
+    round_scale(memory.row_state[0], temperature, kReverse);
+    pair = pair_of_row(memory.row_state[0], temperature, kReverse);
+    memory.undefined = kPair && std::isnan(pair.L);
+  }
+  if constexpr (kPair) {
+    sync_block();
+    if (memory.undefined) {
+      // one model's row is undefined; the other's own outputs are not, but came from sums that the two share
+      read_alone(memory, rows.policy, row, V, temperature);
+      if (thread_index() == 0) pair.policy = model_row(memory.row_state[0]);
+      read_alone(memory, rows.ref, row, V, temperature);
+      if (thread_index() == 0) pair.ref = model_row(memory.row_state[0]);
+    }
+  }
+  if (thread_index() == 0) {
+    const int64_t action = action_at(rows, row);
+    finish_row(a, row, pair, logit_at(rows.policy, row, action), kPair ? logit_at(rows.ref, row, action) : 0.0f);
+  }
+  return true;
+}
+
+// One block of a row's: its outputs, where this is the block that writes them, which is then true. Nothing of a row that is
+// not counted is read.
 template <typename T, Reading kReading>
-LSC_DEVICE bool token_row(ReaderMemory& memory, const TokenForward& a, int64_t row, int part, bool counts) {
+LSC_DEVICE bool token_row(ReaderMemory& memory, const TokenForward& a, int64_t row, bool counts) {
   constexpr bool kPair = kReading != Reading::alone, kReverse = kReading == Reading::pair_reversed;
   const TokenRows& rows = a.rows;
   const int64_t V = rows.vocabulary, action = action_at(rows, row);
   const bool outside = action < 0 || action >= V;
+  const int part = part_of_block(a.blocks_per_row);
   if (!counts || outside) {
     if (part == 0 && thread_index() == 0) {
       if (counts) {
@@ -138,65 +185,34 @@ LSC_DEVICE bool token_row(ReaderMemory& memory, const TokenForward& a, int64_t r
     }
     return part == 0;
   }
-  const double temperature = temperature_at(rows, row);
-  const Rows &main_rows = kReverse ? rows.ref : rows.policy, &other_rows = kReverse ? rows.policy : kPair ? rows.ref : rows.policy;
-  const RowSource<T> main(main_rows, row_offset(main_rows, row)), other(other_rows, row_offset(other_rows, row));
-  const int64_t chunks = chunks_of(V), first = chunks * part / a.blocks_per_row, last = chunks * (part + 1) / a.blocks_per_row;
-  RowReader<T, kReading> reader(memory, main, other, temperature);
-  ChunkStates states(memory, temperature, kReverse);
-  RowState<double>* shared = a.blocks_per_row > 1 ? a.states + row * chunks : nullptr;
-  reader.read(first * kChunk, last * kChunk < V ? last * kChunk : V, [&](int64_t i, const RowState<double>& state) {
-    if (!shared) {
-      states.take(i, state);
-    } else if (lane_index() == 0) {
-      shared[first + i] = state;
-    }
-  });
-  if (shared) {
+  {
+    const Rows &main_rows = kReverse ? rows.ref : rows.policy, &other_rows = kReverse ? rows.policy : kPair ? rows.ref : rows.policy;
+    const RowSource<T> main(main_rows, row_offset(main_rows, row)), other(other_rows, row_offset(other_rows, row));
+    const int64_t chunks = chunks_of(V), first = chunks * part / a.blocks_per_row, last = chunks * (part + 1) / a.blocks_per_row;
     if (thread_index() == 0) {
-      publish();
-      const unsigned last = unsigned(a.blocks_per_row) - 1;
-      memory.last = atomic_count(a.arrivals + row, last) == last;
-      publish();
+      memory.row = row;
+      memory.states = a.blocks_per_row > 1 ? a.states + row * chunks + first : nullptr;
     }
-    sync_block();
-    if (!memory.last) return false;
-    if (warp_index() == 0) states.take_all(shared, chunks);
+    RowReader<T, kReading> reader(memory, main, other, temperature_at(rows, row), first * kChunk, last * kChunk < V ? last * kChunk : V);
+    reader.read([&](int64_t i, const RowState<double>& state) {
+      if (!memory.states) {
+        ChunkStates<kReverse>(memory).take(i, state);
+      } else if (lane_index() == 0) {
+        memory.states[i] = state;
+      }
+    });
   }
-  if (warp_index() == 0) states.done(chunks);
-
-  PairRow pair{};
-  if (thread_index() == 0) {
-    round_scale(memory.row[0], temperature, kReverse);
-    pair = pair_of_row(memory.row[0], temperature, kReverse);
-    memory.undefined = kPair && std::isnan(pair.L);
-  }
-  if constexpr (kPair) {
-    sync_block();
-    if (memory.undefined) {
-      // one model's row is undefined; the other's own outputs are not, but came from sums that the two share
-      read_alone(memory, rows.policy, row, V, temperature);
-      if (thread_index() == 0) pair.policy = model_row(memory.row[0]);
-      read_alone(memory, rows.ref, row, V, temperature);
-      if (thread_index() == 0) pair.ref = model_row(memory.row[0]);
-    }
-  }
-  if (thread_index() == 0) {
-    const float x = (kReverse ? other : main).at(action), y = (kReverse ? main : other).at(action);
-    finish_row(a, row, pair, x, y);
-  }
-  return true;
+  return end_row<kReading>(memory, a);
 }
 
 // On a multiprocessor: as many as leave each thread the registers it needs.
 template <typename T>
-constexpr int kBlocksAtOnce = std::is_same_v<T, Mixed> ? 2 : 3;
+constexpr int kBlocksAtOnce = std::is_same_v<T, Mixed> ? 3 : 4;
 
 template <typename T, Reading kReading>
 LSC_KERNEL(kThreads, kBlocksAtOnce<T>) token_forward(LSC_ARGUMENT TokenForward a) {
-  ReaderMemory& memory = block_memory<ReaderMemory>();
-  const int64_t row = block_index() / a.blocks_per_row;
-  token_row<T, kReading>(memory, a, row, int(block_index() % a.blocks_per_row), counted(a.rows, row));
+  const int64_t row = row_of_block(a.blocks_per_row);
+  token_row<T, kReading>(block_memory<ReaderMemory>(), a, row, counted(a.rows, row));
 }
 
 // The coefficients of a row's columns, in the units that the loop works in.
@@ -342,7 +358,7 @@ LSC_DEVICE void write_gradients(
 template <typename T, bool kPair>
 LSC_KERNEL(kThreads, 4) token_backward(LSC_ARGUMENT TokenBackward a) {
   ColumnCoefficients& c = block_memory<ColumnCoefficients>();
-  const int64_t row = block_index() / a.blocks_per_row, part = block_index() % a.blocks_per_row;
+  const int64_t row = row_of_block(a.blocks_per_row), part = part_of_block(a.blocks_per_row);
   const TokenRows& rows = a.rows;
   const int64_t V = rows.vocabulary, action = action_at(rows, row), chunks = chunks_of(V);
   const int64_t begin = chunks * part / a.blocks_per_row * kChunk, last = chunks * (part + 1) / a.blocks_per_row * kChunk;

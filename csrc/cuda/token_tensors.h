@@ -9,7 +9,7 @@ namespace lsc {
 namespace cuda {
 
 // Enough to fill a multiprocessor.
-constexpr int64_t kBlocksPerMultiprocessor = 3;
+constexpr int64_t kBlocksPerMultiprocessor = 4;
 
 inline int64_t blocks_wanted(const Tensor& on) { return kBlocksPerMultiprocessor * multiprocessors(on); }
 
