@@ -50,6 +50,12 @@ constexpr float kRise = 4;
 constexpr double kLost = 16;
 // A centre of so many spreads may cost a log ratio that many of its own roundings.
 constexpr float kPlainCentre = 4;
+// Where a chunk's first tile has a mean of delta^2/2 (or of |delta|, where that is larger than 1) above this, the models are taken to be
+// far apart; a warp for which they turn out to be nearer than this KL takes its columns of the chunk once more.
+constexpr float kFar = 0.5f;
+constexpr double kNear = 0.1;
+// The centre is 0 then: x - y is rounded in its own size, which may not be much more than the KL.
+constexpr double kFarCentre = 16;
 // A maximum below all logits: the first that is not -inf rises above it.
 constexpr float kUnseen = -3e38f;
 // 2^u is 0 from here on.
@@ -243,6 +249,9 @@ LSC_COLD bool has_lost_digits(ReaderMemory& memory, unsigned warp, bool parked) 
   return a > kLost * (a - b_minus_log1p(a - mean));
 }
 
+// Whether a KL is too small to be a difference of sums.
+LSC_COLD bool is_near(const RowState<double>& row, double temperature) { return summarise(row, temperature).kl < kNear; }
+
 template <typename T, Reading kReading>
 class RowReader {
  public:
@@ -319,7 +328,13 @@ class RowReader {
     wait_copies<kStages<T> - 2>();
     // into the place of the tile before this one
     copy_next((stage_ - kTileBytes) % kStageBytes);
-    const bool added = way_ == Way::plain ? add_usual<true>() : way_ == Way::exact ? add_usual<false>() : false;
+    bool added = false;
+    switch (way_) {
+      case Way::plain: added = add_usual<true>(); break;
+      case Way::exact: added = add_usual<false>(); break;
+      case Way::far: added = add_far(); break;
+      case Way::careful: break;
+    }
     if (!added) add_unusual();
     stage_ = (stage_ + kTileBytes) % kStageBytes;
   }
@@ -369,52 +384,94 @@ class RowReader {
     return true;
   }
 
-  static LSC_DEVICE bool is_small(float delta) { return fabsf(delta) < kSmallLogRatio; }
-
-  // By their squares, which are needed anyway, as bits, among which those of NaN are the largest.
-  static LSC_DEVICE bool are_small(const float (&delta)[kColumns]) {
+  // As bits, among which those of negative numbers follow the positive ones, and NaN the infinity of its sign.
+  static LSC_DEVICE uint32_t largest_bits(const float (&value)[kColumns]) {
     uint32_t bits[kColumns];
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) bits[i] = float_to_bits(delta[i] * delta[i]);
-    const uint32_t largest =
-        largest3(largest3(bits[0], bits[1], bits[2]), largest3(bits[3], bits[4], bits[5]), largest3(bits[6], bits[7], bits[7]));
-    return largest < float_to_bits(kSmallLogRatio * kSmallLogRatio);
+    for (int i = 0; i < kColumns; ++i) bits[i] = float_to_bits(value[i]);
+    return largest3(largest3(bits[0], bits[1], bits[2]), largest3(bits[3], bits[4], bits[5]), bits[6] < bits[7] ? bits[7] : bits[6]);
+  }
+  // By their squares, which are needed anyway.
+  static LSC_DEVICE bool are_small(const float (&delta)[kColumns]) {
+    float square[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) square[i] = delta[i] * delta[i];
+    return largest_bits(square) < float_to_bits(kSmallLogRatio * kSmallLogRatio);
   }
 
-  // How a warp takes its next tile: as a usual one, with one of two kinds of differences, or not.
-  enum class Way { plain, exact, careful };
+  // How a warp takes its next tile: as a usual one, with one of two kinds of differences; as one of models that are far apart; with care.
+  enum class Way { plain, exact, far, careful };
+
+  // A tile of a chunk in which the models are far apart: every column counts as one of large |delta|, with two exponentials and no
+  // series. What KL there is must then be large enough to be a difference of sums.
+  LSC_DEVICE bool add_far() {
+    float x[kColumns], y[kColumns], w[kColumns], v[kColumns], h = 0, wd = 0, vh = 0;
+    unpack(x, y);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const float u = (x[i] - origin_.main) * t_.k, of_other = (y[i] - origin_.other) * t_.k;
+      w[i] = exp2_fast(u), v[i] = exp2_fast(of_other);
+      wd = fma(w[i], delta_of<true>(x[i], y[i]), wd);
+      if constexpr (kReverse) vh = fma(v[i], of_other, vh);
+      if constexpr (!kReverse) h = fma(w[i], u, h);
+    }
+    const float total = sum(w), total_v = sum(v);
+    const bool usual = (total <= kLevel) & (total_v <= kLevel) & (fabsf(wd) < INFINITY) & (h + vh > -INFINITY);
+    if (any_lane(!usual)) return false;
+    sums_.H += h;
+    add_large(total, total_v, wd, vh);
+    return true;
+  }
+  LSC_DEVICE void add_large(float w, float v, float wd, float vh) {
+    LargeSums& sums = large_sums();
+    sums.W.add(w), sums.V.add(v);
+    sums.WD += wd;
+    if constexpr (kReverse) sums.VH += vh;
+  }
 
   // A thread's columns about an origin, whatever they are. u is limited to where its weight is 0, so that 0 u is 0.
   struct Step {
-    float u[kColumns], w[kColumns], delta[kColumns];
-    float v[kColumns], vh;  // what the columns of large |delta| have of the other model
-    float total, total_v;
+    float u[kColumns], w[kColumns];
+    float delta[kColumns], large[kColumns];  // 0 where |delta| is large; the weights there
+    float total, v, vh, wd;                  // all weights; of the columns of large |delta|: the other model's, w delta
   };
+
+  LSC_DEVICE void find_deltas(const float (&x)[kColumns], const float (&y)[kColumns], float (&delta)[kColumns]) const {
+    if (origin_.plain) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) delta[i] = delta_of<true>(x[i], y[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) delta[i] = delta_of<false>(x[i], y[i]);
+    }
+  }
+  LSC_DEVICE void weigh_main(const float (&x)[kColumns], float (&u)[kColumns], float (&w)[kColumns]) const {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      u[i] = max_nan((x[i] - origin_.main) * t_.k, kWeightless);
+      w[i] = exp2_fast(u[i]);
+    }
+  }
 
   LSC_DEVICE Step weigh(const float (&x)[kColumns], const float (&y)[kColumns]) const {
     Step s;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      s.u[i] = max_nan((x[i] - origin_.main) * t_.k, kWeightless);
-      s.w[i] = exp2_fast(s.u[i]);
-    }
-    s.total = sum(s.w);
-    if (origin_.plain) {
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) s.delta[i] = delta_of<true>(x[i], y[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) s.delta[i] = delta_of<false>(x[i], y[i]);
-    }
-    s.vh = 0, s.total_v = 0;
+    weigh_main(x, s.u, s.w);
+    s.total = sum(s.w), s.v = s.vh = s.wd = 0;
     if constexpr (kPair) {
+      float v[kColumns];
+      find_deltas(x, y, s.delta);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
-        const float u = max_nan((y[i] - origin_.other) * t_.k, kWeightless);
-        s.v[i] = is_small(s.delta[i]) ? 0.0f : exp2_fast(u);
-        if constexpr (kReverse) s.vh = fma(s.v[i], u, s.vh);
+        const bool is_small = fabsf(s.delta[i]) < kSmallLogRatio;
+        float u = (y[i] - origin_.other) * t_.k;
+        if constexpr (kReverse) u = max_nan(u, kWeightless);
+        v[i] = is_small ? 0.0f : exp2_fast(u);
+        if constexpr (kReverse) s.vh = fma(v[i], u, s.vh);
+        s.large[i] = is_small ? 0.0f : s.w[i];
+        s.wd = fma(s.large[i], s.delta[i], s.wd);
+        s.delta[i] = is_small ? s.delta[i] : 0.0f;
       }
-      s.total_v = sum(s.v);
+      s.v = sum(v);
     }
     return s;
   }
@@ -423,7 +480,7 @@ class RowReader {
     float x[kColumns], y[kColumns];
     unpack(x, y);
     const Step s = weigh(x, y);
-    if (!any_lane(!(s.total <= kLevel && s.total_v <= kLevel))) {
+    if (!any_lane(!(s.total <= kLevel && s.v <= kLevel))) {
       add(s);
     } else if (!raise()) {
       add_anew();
@@ -437,47 +494,44 @@ class RowReader {
   }
 
   LSC_DEVICE void add(const Step& s) {
+    float d = 0, a = 0, h = 0;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      if constexpr (!kReverse) h = fma(s.w[i], s.u[i], h);
+      if constexpr (kPair) add_small(s.u[i], s.w[i] - s.large[i], s.delta[i], d, a, h);
+    }
+    sums_.D += d, sums_.A += a, sums_.H += h;
+    bool usual = largest_bits(s.u) < float_to_bits(kWeightless);
     if constexpr (!kPair) {
       sums_.S.add(s.total);
-      float h = 0;
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) h = fma(s.w[i], s.u[i], h);
-      sums_.H += h;
     } else {
-      float small[kColumns], large[kColumns], d = 0, a = 0, h = 0, wd = 0;
+      const float large = sum(s.large);
+      float small[kColumns];
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        small[i] = is_small(s.delta[i]) ? s.w[i] : 0.0f;
-        large[i] = is_small(s.delta[i]) ? 0.0f : s.w[i];
-        if constexpr (!kReverse) h = fma(s.w[i], s.u[i], h);
-        add_small(s.u[i], small[i], is_small(s.delta[i]) ? s.delta[i] : 0.0f, d, a, h);
-        wd = fma(large[i], s.delta[i], wd);
-      }
-      const float total_large = sum(large);
+      for (int i = 0; i < kColumns; ++i) small[i] = s.w[i] - s.large[i];
       sums_.S.add(sum(small));
-      sums_.D += d, sums_.A += a, sums_.H += h;
-      LargeSums& sums = large_sums();
-      if (any_lane(!(fabsf(wd) < INFINITY))) {
-        float x[kColumns], y[kColumns];
-        unpack(x, y);
-        wd = 0;
-        bool misses = sums.other_misses;
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-          wd = fma(large[i], fabsf(s.delta[i]) < INFINITY ? s.delta[i] : 0.0f, wd);
-          misses |= (y[i] == -INFINITY) & (x[i] > -INFINITY) | (s.delta[i] == INFINITY) & (s.w[i] > 0);
-        }
-        sums.other_misses = misses;
-      }
-      sums.W.add(total_large), sums.V.add(s.total_v);
-      sums.WD += wd, sums.VH += s.vh;
+      add_large(large, s.v, any_lane(!(fabsf(s.wd) < INFINITY)) ? finite_wd(s.large) : s.wd, s.vh);
+      usual &= (large == 0) & (s.v == 0);
     }
     // as is one tile, so is the next
-    bool usual = are_small(s.delta);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) usual &= !(s.u[i] <= kWeightless);
-    way_ = any_lane(!usual) ? Way::careful : usual_way();
+    if (way_ != Way::far) way_ = any_lane(!usual) ? Way::careful : usual_way();
   }
+
+  // The sum of w delta without the columns where delta is infinite, of which it is noted that the other model misses them.
+  LSC_DEVICE float finite_wd(const float (&large)[kColumns]) {
+    float x[kColumns], y[kColumns], delta[kColumns], wd = 0;
+    unpack(x, y);
+    find_deltas(x, y, delta);
+    bool misses = large_sums().other_misses;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      wd = fma(large[i], fabsf(delta[i]) < INFINITY ? delta[i] : 0.0f, wd);
+      misses |= ((y[i] == -INFINITY) & (x[i] > -INFINITY)) | ((delta[i] == INFINITY) & (large[i] > 0));
+    }
+    large_sums().other_misses = misses;
+    return wd;
+  }
+
   LSC_DEVICE Way usual_way() const { return origin_.plain ? Way::plain : Way::exact; }
 
   LSC_DEVICE LargeSums& large_sums() { return memory_.large[int(thread_index())]; }
@@ -548,7 +602,7 @@ class RowReader {
     const bool other_rises = kPair && other_max > origin_.other && other_max < INFINITY;
     if (main_max > origin_.main && main_max < INFINITY) {
       const float rise = (main_max - origin_.main) * t_.k;
-      if (kPair && rise > kRise) {
+      if (kPair && rise > kRise && way_ != Way::far) {
         const uint32_t holders = ballot(own == main_max);
         int holder = 0;
         while (!(holders >> holder & 1)) ++holder;
@@ -647,11 +701,11 @@ class RowReader {
     }
     origin_ = Origin();
     if (main_max > -INFINITY && main_max < INFINITY) origin_.main = main_max;
+    way_ = Way::plain;
     if constexpr (kPair) {
       if (other_max > -INFINITY && other_max < INFINITY) origin_.other = other_max;
       choose_centre(x, y, centre_between(main_max - other, main_max, origin_.other), columns < kTile ? columns : kTile);
     }
-    way_ = usual_way();
   }
 
   struct Check {
@@ -659,13 +713,14 @@ class RowReader {
   };
 
   LSC_DEVICE Check check(const float (&x)[kColumns], const float (&y)[kColumns]) {
-    const Step s = weigh(x, y);
-    float sums[4] = {s.total, 0, 0, 0};
+    float u[kColumns], w[kColumns], deltas[kColumns];
+    weigh_main(x, u, w), find_deltas(x, y, deltas);
+    float sums[4] = {sum(w), 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      const float far = fabsf(s.delta[i]), delta = far < INFINITY ? s.delta[i] : 0.0f, size = fabsf(delta);
-      sums[1] = fma(s.w[i], delta, sums[1]);
-      sums[2] = fma(s.w[i] * size, size < 1 ? 0.5f * size : 1.0f, sums[2]);
+      const float far = fabsf(deltas[i]), delta = far < INFINITY ? deltas[i] : 0.0f, size = fabsf(delta);
+      sums[1] = fma(w[i], delta, sums[1]);
+      sums[2] = fma(w[i] * size, size < 1 ? 0.5f * size : 1.0f, sums[2]);
       sums[3] += size;
     }
     const float total = warp_sums4(sums);
@@ -701,6 +756,11 @@ class RowReader {
     if (lane_index() == 0) memory_.spread[warp_index()] = spread;
     sync_warp();
     if (plain) origin_.set_centre(centre, true, memory_.temperature);
+    way_ = usual_way();
+    if (tile.A > kFar * tile.S && std::fabs(centre) <= kFarCentre * memory_.temperature) {
+      origin_.set_centre(0, true, memory_.temperature);
+      way_ = Way::far;
+    }
   }
 
   // Warp, at the end of a chunk: whether it takes its columns once more, about a better centre. Else its totals are stored, or all
@@ -711,9 +771,19 @@ class RowReader {
     } else {
       store_totals();
     }
-    if (!kPair || again || !has_lost_digits(memory_, warp_index(), parked_)) return false;
+    if (!kPair || again) return false;
     const double* total = memory_.totals[warp_index()];
-    const double centre = parked_ ? memory_.parked[warp_index()].centre : origin_.exact_centre(t_) + memory_.temperature * total[kD] / total[kS];
+    double centre = parked_ ? memory_.parked[warp_index()].centre : origin_.exact_centre(t_) + memory_.temperature * total[kD] / total[kS];
+    if (way_ == Way::far) {
+      const bool misses = any_lane(large_sums().other_misses);
+      if (lane_index() == 0) make_stored(origin_, misses);
+      sync_warp();
+      const RowState<double>& made = memory_.made[warp_index()];
+      if (!is_near(made, memory_.temperature)) return false;
+      centre = made.centre + memory_.temperature * made.D / made.S;
+    } else if (!has_lost_digits(memory_, warp_index(), parked_)) {
+      return false;
+    }
     origin_.set_centre(centre, false, memory_.temperature);
     sync_warp();
     parked_ = false;
