@@ -27,7 +27,7 @@
 // stays accurate to its own size.
 #pragma once
 
-#include "cuda/row_source.h"
+#include "cuda/tile_ring.h"
 #include "math/log_ratio.h"
 #include "math/row_state.h"
 
@@ -200,7 +200,7 @@ struct Uninitialised {
 };
 
 struct ReaderMemory {
-  alignas(16) unsigned char stages[2][kStageBytes];
+  RingMemory ring;
   double totals[kWarps][kTotals], block_totals[kTotals];
   Uninitialised<RowState<double>, kWarps> parked, made;  // one of a warp each
   Uninitialised<Origin, kWarps + 1> origin;  // of the warps; and what those have in common that have parked nothing
@@ -212,8 +212,7 @@ struct ReaderMemory {
   bool has_parked[kWarps], other_misses[kWarps];
   bool last, undefined;
   // Of the row: what the loop seldom needs, and its threads have no registers for.
-  alignas(16) unsigned char sources[2][16];
-  int64_t row, begin, end;
+  int64_t row;
   RowState<double>* states;  // where those of its chunks go, if other blocks read chunks of it too
   double temperature;
   float spread[kWarps];  // mean |x - y - c| of the chunk's first tile, at most T: a centre as small needs no exact differences
@@ -260,74 +259,44 @@ class RowReader {
   // Of columns [begin, end): whole chunks but for the last of a row.
   LSC_DEVICE RowReader(
       ReaderMemory& memory, const RowSource<T>& main, const RowSource<T>& other, double temperature, int64_t begin, int64_t end)
-      : memory_(memory), t_(temperature), main_first_(main.group(begin)), other_first_(other.group(begin)),
-        wide_tiles_(main.wide() && other.wide() ? int((end - begin) / kTile) : 0) {
-    static_assert(sizeof main <= sizeof memory.sources[0]);
-    if (thread_index() == 0) {
-      source(0) = main, source(1) = other;
-      memory.begin = begin, memory.end = end, memory.temperature = temperature;
-    }
-    sync_block();
+      : memory_(memory), ring_(memory.ring, main, other, begin, end), t_(temperature) {
+    if (thread_index() == 0) memory.temperature = temperature;  // read after the next barrier
   }
 
   // Warp 0 calls take(i, state) with the state of the i-th chunk of them, which is its first lane's.
   template <typename Take>
   LSC_DEVICE void read(const Take& take) {
-    begin_copies(0);
-    for (int chunk = 0; columns_from(chunk) > 0; ++chunk) {
-      const int64_t ahead = columns_from(chunk);
+    ring_.begin_at(0);
+    for (int chunk = 0;; ++chunk) {
+      const int64_t ahead = ring_.columns() - chunk * kChunk;
+      if (ahead <= 0) break;
       const int columns = ahead < kChunk ? int(ahead) : int(kChunk);
       start(columns);
       for (bool again = false;;) {
         for (int left = columns; left > 0; left -= kTile) add_tile();
         again = takes_again(again);
         if (!again) break;
-        wait_copies<0>();
-        begin_copies(chunk * kTilesOfChunk);
+        ring_.wait_for_all();
+        ring_.begin_at(chunk * kTilesOfChunk);
       }
       finish(chunk, take);
     }
-    wait_copies<0>();
+    ring_.wait_for_all();
   }
 
  private:
-  static constexpr unsigned kTileBytes = kStageBytes / kStages<T>;
-
-  LSC_DEVICE unsigned char* staged(int model, unsigned stage) const { return memory_.stages[model] + stage; }
-
-  LSC_DEVICE int64_t columns_from(int chunk) const { return memory_.end - memory_.begin - chunk * kChunk; }
-  LSC_DEVICE RowSource<T>& source(int model) const { return *reinterpret_cast<RowSource<T>*>(memory_.sources[model]); }
-
-  // Tiles are copied a few ahead of those that are added up, in turn into the places of a ring.
-  LSC_DEVICE void begin_copies(int tile) {
-    copied_ = tile, stage_ = 0;
-#pragma unroll 1
-    for (int i = 0; i + 1 < kStages<T>; ++i) copy_next(i * kTileBytes);
-  }
-  LSC_DEVICE void copy_next(unsigned stage) {
-    if (!std::is_same_v<T, Mixed> && copied_ < wide_tiles_) {
-      copy_wide(main_first_ + int64_t(copied_) * kTile, staged(0, stage));
-      if constexpr (kPair) copy_wide(other_first_ + int64_t(copied_) * kTile, staged(1, stage));
-    } else if (const int64_t tile = memory_.begin + int64_t(copied_) * kTile; tile < memory_.end) {
-      source(0).copy(tile, memory_.end, staged(0, stage));
-      if constexpr (kPair) source(1).copy(tile, memory_.end, staged(1, stage));
-    }
-    ++copied_;
-    end_batch();
-  }
   LSC_DEVICE void unpack(float (&x)[kColumns], float (&y)[kColumns]) const {
-    source(0).unpack(staged(0, stage_), x);
+    ring_.unpack(0, x);
     if constexpr (kPair) {
-      source(1).unpack(staged(1, stage_), y);
+      ring_.unpack(1, y);
     } else {
       for (float& each : y) each = 0;
     }
   }
 
   LSC_DEVICE void add_tile() {
-    wait_copies<kStages<T> - 2>();
-    // into the place of the tile before this one
-    copy_next((stage_ - kTileBytes) % kStageBytes);
+    ring_.wait();
+    ring_.copy_next();
     bool added = false;
     switch (way_) {
       case Way::plain: added = add_usual<true>(); break;
@@ -336,7 +305,7 @@ class RowReader {
       case Way::careful: break;
     }
     if (!added) add_unusual();
-    stage_ = (stage_ + kTileBytes) % kStageBytes;
+    ring_.pass();
   }
 
   static LSC_DEVICE float sum(const float (&v)[kColumns]) {
@@ -673,7 +642,7 @@ class RowReader {
 
   // Block: the origin of a chunk of so many columns, from its first tile.
   LSC_DEVICE void start(int columns) {
-    wait_copies<kStages<T> - 2>();
+    ring_.wait();
     float x[kColumns], y[kColumns];
     unpack(x, y);
     clear_sums();
@@ -833,16 +802,12 @@ class RowReader {
   }
 
   ReaderMemory& memory_;
+  TileRing<T, kPair ? 2 : 1> ring_;
   const Temperature t_;
   Origin origin_;
   Sums sums_;
   bool parked_ = false;
   Way way_;
-  // the ring of copies: this thread's part of the first tile, those that can be copied in loads of 16 bytes, those that are
-  const T *main_first_, *other_first_;
-  const int wide_tiles_;
-  int copied_;
-  unsigned stage_;  // where the tile to be added up lies, in bytes
 };
 
 }  // namespace LSC_ISA

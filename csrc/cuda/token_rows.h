@@ -326,21 +326,24 @@ class RowSink {
   bool wide_;
 };
 
+struct BackwardMemory {
+  RingMemory ring;
+  ColumnCoefficients coefficients;
+};
+
 template <typename T, bool kReference>
 LSC_DEVICE void write_gradients(
-    const RowSource<T>& policy, const RowSource<T>& ref, const RowSink<T>& to_policy, const RowSink<T>& to_ref,
-    const ColumnCoefficients& given, int64_t action, int64_t begin, int64_t end) {
-  const ColumnCoefficients c = given;
-  typename RowSource<T>::Raw raw_x = policy.fetch(begin, end), raw_y;
-  if constexpr (kReference) raw_y = ref.fetch(begin, end);
+    BackwardMemory& memory, const RowSource<T>& policy, const RowSource<T>& ref, const RowSink<T>& to_policy, const RowSink<T>& to_ref,
+    int64_t action, int64_t begin, int64_t end) {
+  const ColumnCoefficients c = memory.coefficients;
+  TileRing<T, kReference ? 2 : 1> ring(memory.ring, policy, ref, begin, end);
+  ring.begin_at(0);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     float x[kColumns], y[kColumns] = {}, policy_gradient[kColumns], ref_gradient[kColumns];
-    policy.unpack(raw_x, x);
-    if constexpr (kReference) ref.unpack(raw_y, y);
-    if (tile + kTile < end) {
-      raw_x = policy.fetch(tile + kTile, end);
-      if constexpr (kReference) raw_y = ref.fetch(tile + kTile, end);
-    }
+    ring.wait();
+    ring.copy_next();
+    ring.unpack(0, x);
+    if constexpr (kReference) ring.unpack(1, y);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) column_gradient<kReference>(x[i], y[i], c, policy_gradient[i], ref_gradient[i]);
     if (action >= tile && action < tile + kTile) {
@@ -352,12 +355,14 @@ LSC_DEVICE void write_gradients(
     }
     to_policy.write(tile, end, policy_gradient);
     if constexpr (kReference) to_ref.write(tile, end, ref_gradient);
+    ring.pass();
   }
+  ring.wait_for_all();
 }
 
 template <typename T, bool kPair>
 LSC_KERNEL(kThreads, 4) token_backward(LSC_ARGUMENT TokenBackward a) {
-  ColumnCoefficients& c = block_memory<ColumnCoefficients>();
+  BackwardMemory& memory = block_memory<BackwardMemory>();
   const int64_t row = row_of_block(a.blocks_per_row), part = part_of_block(a.blocks_per_row);
   const TokenRows& rows = a.rows;
   const int64_t V = rows.vocabulary, action = action_at(rows, row), chunks = chunks_of(V);
@@ -376,12 +381,12 @@ LSC_KERNEL(kThreads, 4) token_backward(LSC_ARGUMENT TokenBackward a) {
   }
   const RowSource<T> policy(rows.policy, row_offset(rows.policy, row));
   const RowSource<T> ref = kPair ? RowSource<T>(rows.ref, row_offset(rows.ref, row)) : policy;
-  if (thread_index() == 0) column_coefficients(a, row, policy.at(action), kPair ? ref.at(action) : 0.0f, c);
+  if (thread_index() == 0) column_coefficients(a, row, policy.at(action), kPair ? ref.at(action) : 0.0f, memory.coefficients);
   sync_block();
   if constexpr (kPair) {
-    if (c.reads_ref) return write_gradients<T, true>(policy, ref, to_policy, to_ref, c, action, begin, end);
+    if (memory.coefficients.reads_ref) return write_gradients<T, true>(memory, policy, ref, to_policy, to_ref, action, begin, end);
   }
-  write_gradients<T, false>(policy, ref, to_policy, to_ref, c, action, begin, end);
+  write_gradients<T, false>(memory, policy, ref, to_policy, to_ref, action, begin, end);
 }
 
 }  // namespace LSC_ISA
