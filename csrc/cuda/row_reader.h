@@ -300,8 +300,8 @@ class RowReader {
     bool added = false;
     switch (way_) {
       case Way::plain: added = add_usual<true>(); break;
-      case Way::exact: added = add_usual<false>(); break;
-      case Way::far: added = add_far(); break;
+      case Way::exact: added = kPair && add_usual<false>(); break;
+      case Way::far: added = kPair && add_far(); break;
       case Way::careful: break;
     }
     if (!added) add_unusual();
