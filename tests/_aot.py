@@ -99,21 +99,47 @@ class Compiler:
         facts: dict[str, Any] = {"kernel": f"{kernel.fn.__module__.rsplit('.')[-1]}.{kernel.fn.__name__}"}
         if "cubin" in compiled.asm:
             facts |= resources(compiled.asm["cubin"])
+            if registers:  # what the kernel puts aside to fit in them counts where it is read all the time
+                facts["spilled"] = spills_in_groups(compiled.asm["cubin"])
             facts["contracted"] = contracted(compiled.asm["ptx"])
         print(json.dumps(facts), flush=True)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def report_on(cubin: bytes, *command: str) -> str:
+    tool, *options = command
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report.stdout + report.stderr)
-    assert found, report.stderr
+        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+        report = subprocess.run([path, *options, file.name], capture_output=True, text=True)
+    return report.stdout + report.stderr
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    report = report_on(cubin, "cuobjdump", "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
+    assert found, report
     return {"registers": int(found[1]), "spilled": int(found[2]) + int(found[4])}
+
+
+def spills_in_groups(cubin: bytes) -> int:
+    """Reads and writes of local memory in a loop over groups of tiles: it has all their exponentials, and no loop."""
+    lines = report_on(cubin, "nvdisasm", "-c").splitlines()
+    labels = {line[:-1]: number for number, line in enumerate(lines) if line.startswith(".L_x_")}
+    branches = (
+        (labels[found[1]], number)
+        for number, line in enumerate(lines)
+        if (found := re.search(r"BRA.*`\((\.L_x_\d+)\)", line))
+    )
+    loops = [(first, last) for first, last in branches if first < last]
+    counts = [
+        sum("LDL" in line or "STL" in line for line in lines[first:last])
+        for first, last in loops
+        if sum("MUFU.EX2" in line for line in lines[first:last]) >= 32
+        and not any(first <= a and b <= last for a, b in loops if (a, b) != (first, last))
+    ]
+    assert counts, "no loop over groups"
+    return max(counts)
 
 
 def contracted(ptx: str) -> int:

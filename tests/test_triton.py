@@ -279,7 +279,7 @@ def test_compiles_ahead_of_time(compiled_before: Path, target: str, dtype: str) 
         "reward_head", "shaped_rewards", "token_rewards", "token_rows",
     }  # fmt: skip
     if target.startswith("sm_"):
-        # the assembler puts a few words aside in the rare branches, to fit three programs on a multiprocessor
+        # a few words, among hundreds of instructions
         spilled = [fact for fact in facts if fact["spilled"] > 64]
         assert not spilled, f"local memory is used: {spilled}"
         contracted = [fact for fact in facts if fact["contracted"]]

@@ -1,21 +1,29 @@
 """The state of one row of two logit vectors in Triton: what csrc/math/row_state.h is in C++, with the same names.
 
 Design constraint: near pi = pi_ref the KL is the small remainder of large cancelling sums. So the state holds sums of
-delta = (x - y)/T - c, the log ratio about a centre c, each taken from an exact difference, and of
-expm1(-delta) + delta, whose terms are never negative. Nothing here may be reassociated or contracted: kernels are
-compiled with ``enable_fp_fusion=False``, and a fused multiply-add stands only where ``tl.fma`` asks for one.
+delta = (x - y)/T - c, the log ratio about a centre c, each as exact as its own size, and of expm1(-delta) + delta,
+whose terms are never negative. Nothing here may be reassociated or contracted: kernels are compiled with
+``enable_fp_fusion=False``, and a fused multiply-add stands only where ``tl.fma`` asks for one.
 
-Who computes what: one program reads a chunk of ``CHUNK`` columns in tiles of [ROWS, LANES]. A thread keeps sums of its
-own lanes in fp32, over the 16 tiles of a chunk; they meet once per chunk, in fp64. Chunks are merged in order, by
-one program or in a second kernel, so the bits do not depend on how many programs share a row.
+Who computes what: one program reads a chunk of ``CHUNK`` columns in groups of tiles of LANES. A lane keeps fp32 sums of
+its own over a group; a thread adds them up, four lanes at a time, over the chunk; they meet once per chunk, in fp64.
+Chunks are merged in order, by one program or in a second kernel, so the bits do not depend on how many programs share a
+row.
 
-About what a chunk is summed: the scale m is a logit within ``JUMP`` nats of the largest so far, the centre c the
-difference x - y at the largest logit of the first tile. A logit that rises above m by more than that begins new sums,
-which are merged with the old ones. A centre that proves unlike the chunk, so that A would be the remainder of a
-cancellation, is replaced by the weighted mean and the chunk, still in the cache, is read once more.
+About what a chunk is summed: the scale m is the largest logit of the first group, the centre c the difference x - y
+there. A logit far above m takes its place and brings the sums along; one more than ``FARTHEST_RISE`` nats above begins
+new sums, about a centre of its own, which are merged with the old ones. A centre that proves unlike the chunk, so that
+A would be the remainder of a cancellation, is replaced by the weighted mean and the chunk, still in the cache, is read
+once more.
 
 One exponential instead of two: where |delta| < 0.7, e^(y-m') = e^(m-m'-c) w e^(-delta), so the other model's sum falls
-out of S, A and D. Tiles that hold a larger |delta| compute the second exponential for those columns.
+out of S, A and D. A group is first taken as if that held throughout, with no look at single columns. The largest
+delta^2 and the lanes' sums of weights then say, once for all threads, whether it did; a group in which it did not has
+not been added. Its tiles, and those after it until a group's worth of them has no large |delta|, are taken one by one,
+with the second exponential for the columns that need it, and with what -inf and NaN need.
+
+Two ways to take delta: where c is no larger than the log ratios about it, what x - y rounds away is no larger than what
+delta itself does, and ``fma(x - y, 1/T, -c/T)`` is enough. Elsewhere it is taken exactly. Which, is decided with c.
 """
 
 from __future__ import annotations
@@ -31,10 +39,19 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 CHUNK = tl.constexpr(32768)
 """Columns with a state of their own: ``kChunk`` of the CPU kernels."""
 
-JUMP = tl.constexpr(2.0)
+# Nats above m from which a logit takes its place, where tiles are taken one by one.
+JUMP = tl.constexpr(1.0)
+# The same for a group: the bits of 16, of a lane's sum of weights. Up to there x - m rounds no more than a weight does.
+LEVEL_BITS = tl.constexpr(0x41800000)
+FARTHEST_RISE = tl.constexpr(5.0)
 FARTHEST_MEAN = tl.constexpr(16.0)
 LARGEST_CENTRE = tl.constexpr(1e30)
 SMALL_LOG_RATIO = tl.constexpr(0.7)
+# Among bits of numbers that are not negative, NaN's are the largest.
+SMALL_BITS = tl.constexpr(0x3F333333)
+SMALL_SQUARE_BITS = tl.constexpr(0x3EFAE147)
+INF_BITS = tl.constexpr(0x7F800000)
+ABOVE = tl.constexpr(0x40000000)  # than half of any of them
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
@@ -230,7 +247,7 @@ def make_scale(temperature):
 @triton.jit
 def limited(u, scale):
     """u, kept above where its weight is 0 in any case. NaN stays."""
-    return tl.where(u < scale.lowest, scale.lowest, u)
+    return tl.maximum(u, scale.lowest, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -281,20 +298,19 @@ def _sum4(a, b, c, d, a2, b2, c2, d2):
 
 
 @triton.jit
-def tile_flags(x, y, delta, limit, other_limit):
-    """2 if a logit is above its limit, else 1 if some |delta| is not small (NaN is not): one meeting of the threads."""
-    outside = tl.where(tl.abs(delta) < SMALL_LOG_RATIO, 0, 1)
-    return _top(tl.where((x > limit) | (y > other_limit), 2, outside))
-
-
-@triton.jit
 def _top(x):
-    return tl.max(tl.max(x, 0), 0)
+    return tl.max(x, 0) if len(x.shape) == 1 else tl.max(tl.max(x, 0), 0)
 
 
 @triton.jit
-def _total(x):
-    return tl.sum(tl.sum(x, 0).to(tl.float64), 0)
+def _in_fours(x, LANES: tl.constexpr):
+    return tl.reshape(x, [LANES // 4, 4])
+
+
+@triton.jit
+def _by_four(x, LANES: tl.constexpr):
+    """Sums of neighbouring lanes, which are one thread's."""
+    return tl.sum(_in_fours(x, LANES), 1)
 
 
 @triton.jit
@@ -321,10 +337,16 @@ def _load(pointer, column, step, inside):
 
 
 @triton.jit
+def _load_tile(pointer, column, step, there):
+    """A whole tile, if ``there`` is one."""
+    return tl.load(pointer + (column if step is None else column.to(tl.int64) * step), mask=there)
+
+
+@triton.jit
 def _lanes_state(
     S, D, A, H, W, WD, V, VH, main_scale, other_scale, centre, misses, temperature, REVERSE: tl.constexpr
 ):
-    """From the sums about one origin: S, D, A, H by lane of small |delta| (H of all); W ... VH of the other columns."""
+    """From the sums about one origin: S, D, A, H of small |delta|, W ... VH of the other columns."""
     s, d, a, h = lane_totals(S, D, A, H)
     main_scale, other_scale = main_scale.to(tl.float64), other_scale.to(tl.float64)
     # brings the lanes' sums, which are about m and c, to the other model's scale
@@ -335,6 +357,8 @@ def _lanes_state(
     other_small = s + a - d
     if REVERSE:
         h = scaled(h + scaled(other_small, distance), to_other) + VH
+    else:
+        h += VH
     return RowState(
         main_scale=main_scale,
         S=s + W,
@@ -350,12 +374,25 @@ def _lanes_state(
 
 
 @triton.jit
-def _difference_at(here, difference, e, otherwise):
-    """x - y at the columns where ``here``. ``otherwise`` where a model excludes them, or masks them with a number about
-    which others' differences would be infinite."""
-    high = _top(tl.where(here, difference, -INF))
-    low = _top(tl.where(here & (difference == high), e, -INF))
-    return tl.where(tl.abs(high) < LARGEST_CENTRE, high.to(tl.float64) + low.to(tl.float64), otherwise)
+def _about_mean(row, temperature):
+    """The same row about the mean of x - y, unless an outlier drags that away."""
+    mean = row.D / row.S
+    centre = row.centre + temperature * tl.where(tl.abs(mean) <= FARTHEST_MEAN, mean, 0.0)
+    g = (centre - row.centre) / temperature  # of what the sum was rounded to
+    power = tl.exp(g)
+    e = tl.where(g == 0, g, power - 1)
+    return RowState(
+        main_scale=row.main_scale,
+        S=row.S,
+        D=row.D - scaled(row.S, g),
+        A=scaled(row.A, power) - scaled(row.D, e) + scaled(row.S, e - g),
+        B=scaled(row.B, power) + scaled(row.S, e),
+        other_scale=row.other_scale,
+        other_S=row.other_S,
+        H=row.H,
+        centre=centre,
+        other_misses=row.other_misses,
+    )
 
 
 @triton.jit
@@ -368,109 +405,256 @@ def _off_centre(row):
 
 
 @triton.jit
+def _add_small(u, w, delta, S, D, A, H, temperature, REVERSE: tl.constexpr):
+    """Columns of small |delta|, lane by lane; to H too if REVERSE."""
+    square = w * (delta * delta)
+    P = expm1_remainder(delta)
+    if REVERSE:  # about m - c instead of m', so that the lanes know of one origin only
+        of_other = tl.fma(square, P, tl.fma(-w, delta, w))
+        H = tl.fma(of_other, tl.fma(delta, -temperature, u), H)
+    return S + w, tl.fma(w, delta, D), tl.fma(square, P, A), H
+
+
+@triton.jit
+def _add_groups(
+    main, main_step, other, other_step, start, end, m, c, c_low, scale, temperature, S, D, A, H,
+    REVERSE: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Whole groups of tiles from ``start`` on. Ends before one that is not whole, or not usual: 1 if some logit is far
+    above m, 2 if some |delta| is not small (NaN is not)."""
+    SPAN: tl.constexpr = GROUP * LANES
+    lane = tl.arange(0, LANES)
+    xs: tl.tuple = ()
+    ys: tl.tuple = ()
+    for tile in tl.static_range(GROUP):
+        column = start + tile * LANES + lane
+        xs += (_load_tile(main, column, main_step, True),)
+        ys += (_load_tile(other, column, other_step, True),)
+    unusual = tl.full((), 0, tl.int32)
+    while (start + SPAN <= end) & (unusual == 0):
+        more = start + 2 * SPAN <= end
+        next_xs: tl.tuple = ()
+        next_ys: tl.tuple = ()
+        zeros = tl.zeros([LANES], tl.float32)
+        s, d, a, h = zeros, zeros, zeros, zeros
+        farthest = zeros.to(tl.uint32, bitcast=True)
+        for tile in tl.static_range(GROUP):
+            x, y = xs[tile].to(tl.float32), ys[tile].to(tl.float32)
+            column = start + SPAN + tile * LANES + lane
+            next_xs += (_load_tile(main, column, main_step, more),)
+            next_ys += (_load_tile(other, column, other_step, more),)
+            u = x - m
+            w = tl.exp2(u * scale.hi)
+            if EXACT:
+                delta = centred_difference(x, y, c, c_low) * scale.inverse
+            else:
+                delta = tl.fma(x - y, scale.inverse, -c)
+            farthest = tl.maximum(farthest, (delta * delta).to(tl.uint32, bitcast=True))
+            if REVERSE == 0:
+                h = tl.fma(w, u, h)
+            s, d, a, h = _add_small(u, w, delta, s, d, a, h, temperature, REVERSE)
+        level = tl.max(_in_fours(s.to(tl.uint32, bitcast=True), LANES), 1)
+        far = tl.max(_in_fours(farthest, LANES), 1)
+        # the only meeting of the threads
+        unusual = _top(tl.where(far >= SMALL_SQUARE_BITS, 2, tl.where(level > LEVEL_BITS, 1, 0)))
+        # no branch: the sums would be left for it, and their terms kept
+        usual = unusual == 0
+        S += tl.where(usual, _by_four(s, LANES), 0.0)
+        D += tl.where(usual, _by_four(d, LANES), 0.0)
+        A += tl.where(usual, _by_four(a, LANES), 0.0)
+        H += tl.where(usual, _by_four(h, LANES), 0.0)
+        start = tl.where(usual, start + SPAN, start)
+        xs, ys = next_xs, next_ys
+    return start, unusual, S, D, A, H
+
+
+@triton.jit
 def read_chunk(
     main, main_step, other, other_step, begin, end, temperature,
-    REVERSE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    REVERSE: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Columns [begin, end) of one row of two models; REVERSE: the policy is the other one, the entropy is its."""
+    SPAN: tl.constexpr = GROUP * LANES
     scale = make_scale(temperature)
+    float_temperature = temperature.to(tl.float32)
     jump = (temperature * JUMP).to(tl.float32)
-    column_in_tile = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    lanes = tl.zeros([LANES], tl.float32)
+    lane = tl.arange(0, LANES)
+    group = tl.arange(0, GROUP)[:, None] * LANES + lane[None, :]
+    zeros = tl.zeros([LANES // 4], tl.float32)
     none = tl.full((), 0.0, tl.float64)
+    true, false = tl.full((), True, tl.int1), tl.full((), False, tl.int1)
     row, centre = empty_state(), none
-    centred = tl.full((), False, tl.int1)  # the centre is the chunk's mean
-    again = tl.full((), True, tl.int1)
+    centred = false  # the centre is the chunk's mean
+    again = true
     while again:
-        row = empty_state()
-        S, D, A, H = lanes, lanes, lanes, lanes
+        row, parked = empty_state(), false
+        S, D, A, H = zeros, zeros, zeros, zeros
         W, WD, V, VH = none, none, none, none
-        misses = tl.full((), False, tl.int1)
+        misses = false
         m, other_m = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
         limit, other_limit = tl.full((), -INF, tl.float32), tl.full((), -INF, tl.float32)
-        pending, rise = tl.full((), False, tl.int1), tl.full((), False, tl.int1)
-        off_centre = tl.full((), False, tl.int1)
+        pending, leaves, off_centre = false, false, false
+        rises, careful, exact = true, false, true
         start = begin
-        column = start + column_in_tile
-        raw_x, raw_y = (
-            _load(main, column, main_step, column < end),
-            _load(other, column, other_step, column < end),
-        )
         while (start < end) | pending:
-            if rise | (start >= end):  # apart from the work on a tile: this needs the registers
+            if leaves | (start >= end):  # apart from the work on columns: this needs the registers
                 part = _lanes_state(
                     S, D, A, H, W, WD, V, VH, m, other_m, centre, misses, temperature, REVERSE
                 )
                 off_centre |= _off_centre(part)
-                row = merge(row, part, temperature, True, REVERSE)
-                S, D, A, H = lanes, lanes, lanes, lanes
+                if parked:
+                    row = merge(row, part, temperature, True, REVERSE)
+                else:
+                    row = _about_mean(part, temperature)
+                parked = true
+                S, D, A, H = zeros, zeros, zeros, zeros
                 W, WD, V, VH = none, none, none, none
-                misses = tl.full((), False, tl.int1)
+                misses = false
                 limit = tl.full((), -INF, tl.float32)
-                pending, rise = tl.full((), False, tl.int1), tl.full((), False, tl.int1)
-            else:
-                # on its way while this tile is added up
-                column = start + ROWS * LANES + column_in_tile
+                pending, leaves, rises = false, false, true
+            elif rises:  # an origin, or a higher one, from the group that begins here
+                rises = false
+                column = start + group
                 inside = column < end
-                next_x, next_y = (
+                x = _load(main, column, main_step, inside).to(tl.float32)
+                top = _top(x)
+                other_top = _top(_load(other, column, other_step, inside).to(tl.float32))
+                if other_top > other_limit:
+                    shift = other_m.to(tl.float64) - other_top.to(tl.float64)
+                    factor = tl.exp(shift * (1.0 / temperature))
+                    if REVERSE:
+                        VH = scaled(VH + scaled(V, shift), factor)
+                    V = scaled(V, factor)
+                    other_m = other_top
+                    other_limit = other_top + jump
+                seen = limit > -INF
+                if (top > m) | ((top > -INF) & (seen == 0)):
+                    if pending & seen & (top - m <= float_temperature * FARTHEST_RISE):
+                        shift = m - top
+                        factor = exp_scaled(shift, scale)
+                        wide_factor = factor.to(tl.float64)
+                        if REVERSE:
+                            H = (H + (S + A - D) * shift) * factor
+                        else:
+                            H = (H + S * shift) * factor
+                            VH = (VH + W * shift.to(tl.float64)) * wide_factor
+                        S, D, A = S * factor, D * factor, A * factor
+                        W, WD = W * wide_factor, WD * wide_factor
+                        m = top
+                        limit = top + jump
+                    elif pending:
+                        leaves = true
+                    else:
+                        m = top
+                        limit = top + jump
+                        if centred == 0:
+                            at_top = tl.min(tl.min(tl.where(x == top, column, end), 0), 0)
+                            difference = _load_one(main, at_top, main_step) - _load_one(
+                                other, at_top, other_step
+                            )
+                            # of a model that is -inf so far: a centre about which no column is small
+                            between = top.to(tl.float64) - other_m.to(tl.float64)
+                            between = tl.where(other_limit > -INF, between, -LARGEST_CENTRE)
+                            centre = tl.where(tl.abs(difference) < LARGEST_CENTRE, difference, between)
+                        c = (centre / temperature).to(tl.float32)
+                        exact, careful = _look_about(
+                            c, main, main_step, other, other_step, start, end, scale, LANES
+                        )
+                        # what the columns are taken about, to the last digit
+                        hi, low = two_floats(centre)
+                        if exact:
+                            centre = hi.to(tl.float64) + low.to(tl.float64)
+                        else:
+                            centre = c.to(tl.float64) / scale.inverse.to(tl.float64)
+            elif (start + SPAN <= end) & (careful == 0):
+                first = start
+                if exact:
+                    c, c_low = two_floats(centre)
+                    start, unusual, S, D, A, H = _add_groups(
+                        main, main_step, other, other_step, start, end, m, c, c_low, scale, float_temperature,
+                        S, D, A, H, REVERSE, True, GROUP, LANES,
+                    )  # fmt: skip
+                else:
+                    c = (centre * scale.inverse.to(tl.float64)).to(tl.float32)
+                    start, unusual, S, D, A, H = _add_groups(
+                        main, main_step, other, other_step, start, end, m, c, c, scale, float_temperature,
+                        S, D, A, H, REVERSE, False, GROUP, LANES,
+                    )  # fmt: skip
+                pending |= start > first
+                rises = unusual == 1
+                careful = unusual == 2
+            else:
+                # tile by tile: some |delta| are large, or what is left is no group
+                c, c_low = two_floats(centre)
+                plain_c = (centre * scale.inverse.to(tl.float64)).to(tl.float32)
+                nothing = tl.zeros([LANES], tl.float32)
+                s, d, a, h = nothing, nothing, nothing, nothing
+                large, large_d, of_other, other_h = nothing, nothing, nothing, nothing
+                column = start + lane
+                inside = column < end
+                raw_x, raw_y = (
                     _load(main, column, main_step, inside),
                     _load(other, column, other_step, inside),
                 )
-                x, y = raw_x.to(tl.float32), raw_y.to(tl.float32)
-                difference = x - y
-                e = rounded_away(x, y, difference)
-                c, c_low = two_floats(centre)
-                delta = ((difference - c) + (e - c_low)) * scale.inverse
-                flags = tile_flags(x, y, delta, limit, other_limit)
-                if flags >= 2:  # this tile comes again, about another origin
-                    top, other_top = _top(x), _top(y)
-                    if other_top > other_limit:
-                        shift = other_m.to(tl.float64) - other_top.to(tl.float64)
-                        factor = tl.exp(shift * (1.0 / temperature))
-                        VH = scaled(VH + scaled(V, shift), factor)
-                        V = scaled(V, factor)
-                        other_m = other_top
-                        other_limit = other_top + jump
-                    if top > limit:
-                        rise = pending
-                        if pending == 0:
-                            m = top
-                            limit = top + jump
-                            if centred == 0:
-                                # of a model that is -inf so far: a centre about which no column is small
-                                between = top.to(tl.float64) - other_m.to(tl.float64)
-                                between = tl.where(other_limit > -INF, between, -LARGEST_CENTRE)
-                                centre = _difference_at(x == top, difference, e, between)
-                else:
-                    u = limited(x - m, scale)
-                    w = exp_scaled(u, scale)
-                    if REVERSE == 0:
-                        H += tl.sum(w * u, 0)
-                    if flags > 0:
+                calm = tl.full((), 0, tl.int32)  # tiles since the last large |delta|
+                while (start < end) & (rises == 0) & ((calm < GROUP) | (start + SPAN > end)):
+                    # on its way while this tile is added up
+                    column = start + LANES + lane
+                    inside = column < end
+                    next_x, next_y = (
+                        _load(main, column, main_step, inside),
+                        _load(other, column, other_step, inside),
+                    )
+                    x, y = raw_x.to(tl.float32), raw_y.to(tl.float32)
+                    if exact:
+                        delta = centred_difference(x, y, c, c_low) * scale.inverse
+                    else:
+                        delta = tl.fma(x - y, scale.inverse, -plain_c)
+                    half_bits = (delta.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 1
+                    farthest = _top(tl.where((x > limit) | (y > other_limit), ABOVE, half_bits))
+                    rises = farthest == ABOVE
+                    if rises == 0:  # else this tile comes again
+                        calm = tl.where(farthest > (SMALL_BITS >> 1), 0, calm + 1)
+                        u = limited(x - m, scale)
+                        w = tl.exp2(u * scale.hi)
                         small = tl.abs(delta) < SMALL_LOG_RATIO
                         from_other = limited(y - other_m, scale)
-                        v = tl.where(small, 0.0, exp_scaled(from_other, scale))
+                        v = tl.where(small, 0.0, tl.exp2(from_other * scale.hi))
                         w_large = tl.where(small, 0.0, w)
-                        W += _total(w_large)
-                        WD += _total(w_large * tl.where(tl.abs(delta) < INF, delta, 0.0))
-                        V += _total(v)
+                        if farthest >= (INF_BITS >> 1):
+                            excluded = ((y == -INF) & (x > -INF)) | ((delta == INF) & (w > 0))
+                            misses |= _top(tl.where(excluded, 1, 0)) > 0
+                            large_d = tl.fma(w_large, tl.where(tl.abs(delta) < INF, delta, 0.0), large_d)
+                        else:
+                            large_d = tl.fma(w_large, delta, large_d)
+                        large += w_large
+                        of_other += v
                         if REVERSE:
-                            VH += _total(v * from_other)
-                        excluded = ((y == -INF) & (x > -INF)) | ((delta == INF) & (w > 0))
-                        misses |= _top(tl.where(excluded, 1, 0)) > 0
-                        w = tl.where(small, w, 0.0)
-                        delta = tl.where(small, delta, 0.0)
-                    wd = w * delta
-                    excess = (wd * delta) * expm1_remainder(delta)
-                    S += tl.sum(w, 0)
-                    D += tl.sum(wd, 0)
-                    A += tl.sum(excess, 0)
-                    if REVERSE:  # about m - c instead of m', so that the lanes know of one origin only
-                        from_m = u - delta * temperature.to(tl.float32)
-                        H += tl.sum(((w - wd) + excess) * from_m, 0)
-                    pending = tl.full((), True, tl.int1)
-                    start += ROWS * LANES
-                    raw_x, raw_y = next_x, next_y
+                            other_h = tl.fma(v, from_other, other_h)
+                        else:
+                            h = tl.fma(w, u, h)
+                        w_small, delta_small = tl.where(small, w, 0.0), tl.where(small, delta, 0.0)
+                        s, d, a, h = _add_small(
+                            u, w_small, delta_small, s, d, a, h, float_temperature, REVERSE
+                        )
+                        start += LANES
+                        raw_x, raw_y = next_x, next_y
+                        pending = true
+                S += _by_four(s, LANES)
+                D += _by_four(d, LANES)
+                A += _by_four(a, LANES)
+                H += _by_four(h, LANES)
+                more_W, more_WD, more_V, more_VH = lane_totals(
+                    _by_four(large, LANES),
+                    _by_four(large_d, LANES),
+                    _by_four(of_other, LANES),
+                    _by_four(other_h, LANES),
+                )
+                W += more_W
+                WD += more_WD
+                V += more_V
+                VH += more_VH
+                careful = calm < GROUP
         again = off_centre & (centred == 0)
         centre = row.centre
         centred = again
@@ -478,35 +662,78 @@ def read_chunk(
 
 
 @triton.jit
-def read_chunk_alone(logits, step, begin, end, temperature, ROWS: tl.constexpr, LANES: tl.constexpr):
+def _load_one(pointer, column, step):
+    return tl.load(pointer + (column if step is None else column.to(tl.int64) * step)).to(tl.float64)
+
+
+@triton.jit
+def _look_about(c, main, main_step, other, other_step, start, end, scale, LANES: tl.constexpr):
+    """Of a tile: whether the centre c/T is larger than the small log ratios about it; whether there are others."""
+    column = start + tl.arange(0, LANES)
+    inside = column < end
+    x = _load(main, column, main_step, inside).to(tl.float32)
+    y = _load(other, column, other_step, inside).to(tl.float32)
+    size = tl.abs(tl.fma(x - y, scale.inverse, -c))
+    small = size < SMALL_LOG_RATIO
+    total, count = tl.sum(tl.where(small, size, 0.0), 0), tl.sum(tl.where(small, 1, 0), 0)
+    # bf16 and fp16 hardly ever have differences that fp32 rounds
+    narrow: tl.constexpr = (
+        main.dtype.element_ty.primitive_bitwidth + other.dtype.element_ty.primitive_bitwidth == 32
+    )
+    within = tl.abs(c) * tl.maximum(count, 1).to(tl.float32) <= total * (64.0 if narrow else 1.0)
+    return within == 0, count < tl.minimum(LANES, end - start)
+
+
+@triton.jit
+def read_chunk_alone(logits, step, begin, end, temperature, GROUP: tl.constexpr, LANES: tl.constexpr):
     """Columns [begin, end) of one model alone: a state with S and H."""
+    SPAN: tl.constexpr = GROUP * LANES
     scale = make_scale(temperature)
-    jump = (temperature * JUMP).to(tl.float32)
-    column_in_tile = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    S = tl.zeros([LANES], tl.float32)
-    H = tl.zeros([LANES], tl.float32)
+    lane = tl.arange(0, LANES)
+    group = tl.arange(0, GROUP)[:, None] * LANES + lane[None, :]
+    S = tl.zeros([LANES // 4], tl.float32)
+    H = S
     m = tl.full((), 0.0, tl.float32)
-    seen = tl.full((), False, tl.int1)
-    column = begin + column_in_tile
-    raw = _load(logits, column, step, column < end)
-    for start in range(begin, end, ROWS * LANES):
-        x = raw.to(tl.float32)
-        # on its way while this tile is added up
-        column = start + ROWS * LANES + column_in_tile
-        raw = _load(logits, column, step, column < end)
-        top = _top(x)
-        if (seen == 0) | (top > m + jump):
-            if top > -INF:
+    seen, usual = tl.full((), False, tl.int1), tl.full((), False, tl.int1)
+    start = begin
+    while start < end:
+        if usual & (start + SPAN <= end):
+            xs: tl.tuple = ()
+            for tile in tl.static_range(GROUP):
+                xs += (_load_tile(logits, start + tile * LANES + lane, step, True),)
+            while (start + SPAN <= end) & usual:
+                more = start + 2 * SPAN <= end
+                next_xs: tl.tuple = ()
+                s, h = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+                for tile in tl.static_range(GROUP):
+                    u = limited(xs[tile].to(tl.float32) - m, scale)
+                    next_xs += (_load_tile(logits, start + SPAN + tile * LANES + lane, step, more),)
+                    w = tl.exp2(u * scale.hi)
+                    s += w
+                    h = tl.fma(w, u, h)
+                level = tl.max(_in_fours(s.to(tl.uint32, bitcast=True), LANES), 1)
+                usual = _top(level) <= LEVEL_BITS
+                S += tl.where(usual, _by_four(s, LANES), 0.0)
+                H += tl.where(usual, _by_four(h, LANES), 0.0)
+                start = tl.where(usual, start + SPAN, start)
+                xs = next_xs
+        else:  # the first, one with a logit far above m, or what is left
+            column = start + group
+            x = _load(logits, column, step, column < end).to(tl.float32)
+            top = _top(x)
+            if (top > m) | ((top > -INF) & (seen == 0)):
                 shift = limited(m - top, scale)
                 factor = tl.where(seen, exp_scaled(shift, scale), 0.0)
                 H = (H + S * shift) * factor
                 S = S * factor
                 m = top
                 seen = top > -INF
-        u = limited(x - m, scale)
-        w = exp_scaled(u, scale)
-        S += tl.sum(w, 0)
-        H += tl.sum(w * u, 0)
+            u = limited(x - m, scale)
+            w = tl.exp2(u * scale.hi)
+            S += _by_four(tl.sum(w, 0), LANES)
+            H += _by_four(tl.sum(w * u, 0), LANES)
+            usual = seen
+            start += SPAN
     s, h, _, _ = lane_totals(S, H, H, H)
     row = empty_state()
     return RowState(

@@ -37,12 +37,12 @@ from lsc_kernels.triton.reward_head import check_positions, dot_products, poolin
 from lsc_kernels.triton.row_state import NAN
 from lsc_kernels.triton.token_kl import (
     aligned,
+    forward_options,
     model,
     new_rows,
     rows_of,
     split_temperature,
     temperature_of,
-    tiles,
 )
 from lsc_kernels.triton.token_rewards import one_stride, per_token, two_strides
 from lsc_kernels.triton.token_rows import SAVED, forward_row, leaves_row, no_token
@@ -159,7 +159,7 @@ def _logits_kernel(
     kl, logprobs, ref_logprobs, entropy, saved, V,
     ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64,
     KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
-    POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
     POOL: tl.constexpr, IGNORE_MISSING: tl.constexpr, HAS_FLOOR: tl.constexpr, PLACEMENT: tl.constexpr,
     HAS_KL: tl.constexpr, WEIGHTS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +175,7 @@ def _logits_kernel(
         own = leaves_row(
             policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
             temperatures, temperature_stride, temperature, states, arrivals, row, is_counted, length, V,
-            KIND, POLICY_ALIGNED, REF_ALIGNED, ROWS, LANES,
+            KIND, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
         )  # fmt: skip
         if own == 0:
             return
@@ -184,7 +184,7 @@ def _logits_kernel(
             policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
             actions, old_logprobs, temperatures, temperature_stride, temperature, states, own_saved,
             row, length, V, ratio_low, ratio_high, kl_low, kl_high,
-            KIND, STRAIGHT_THROUGH, arrivals is None, POLICY_ALIGNED, REF_ALIGNED, ROWS, LANES,
+            KIND, STRAIGHT_THROUGH, arrivals is None, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
         )  # fmt: skip
     elif length > 0:
         token = no_token(own_saved)
@@ -391,7 +391,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     launch(
         _logits_kernel, (batch * max(1, length), programs), policy.device, *common, *model(policy), *model(ref),
         *temperature_of(temperatures, temperature), states, arrivals, *out[3:], policy.shape[-1], *limits,
-        POLICY_ALIGNED=aligned(policy), REF_ALIGNED=aligned(ref), **tiles(policy.shape[-1])._asdict(), **constants,
+        POLICY_ALIGNED=aligned(policy), REF_ALIGNED=aligned(ref), **forward_options(policy, ref), **constants,
     )  # fmt: skip
     return tuple(out)
 

@@ -25,38 +25,43 @@ Each chunk of a row then has a program; the last one to come, by a counter of th
 
 
 class Tiles(NamedTuple):
-    """How a row is read: [rows, lanes] columns at a time by so many warps."""
+    """How a row is read: in groups of so many tiles of so many lanes, by so many warps."""
 
-    ROWS: int
+    GROUP: int
     LANES: int
     num_warps: int
 
 
-REGISTERS = 168
-"""Of a thread of the token ops forward, for logits of 16 bits: three programs then fit on a multiprocessor of NVIDIA's.
+REGISTERS = {2: 128, 4: 168}
+"""Of a thread of the token ops forward, by the bytes of a logit: four programs, or three, fit on a multiprocessor of
+NVIDIA's.
 
-Left to itself the assembler takes some 220, for two programs, each with its next tile on the way. That is enough
-where a tile has twice the bytes, in fp32. Held to these, it puts a few words aside, rarely used; more for full_reverse,
-which is not held.
+Left to itself the assembler takes some 250, for two. Held to these, it puts aside what a group of tiles does not need,
+and in 16 bits a few words of the careful way through a tile.
 """
 
 
 def tiles(vocabulary: int) -> Tiles:
     """By V alone, as the order of the additions is in the result.
 
-    1024 lanes are 8 for each of 128 threads: a load of 16 bytes in bf16, two in fp32, and 32 registers of sums. A
-    second row of them would leave no registers for a third program. A vocabulary that fits in fewer lanes has fewer.
+    1024 lanes are 8 for each of 128 threads: a load of 16 bytes in bf16, two in fp32, and 32 registers of sums. A group
+    of 4 has as many for its logits, and asks 128 threads once whether it is a usual one. A vocabulary that fits in
+    fewer lanes has fewer.
     """
     if vocabulary <= 128:
         return Tiles(1, 128, 1)
-    return Tiles(4 if interpreted() else 1, 1024, 4)  # the interpreter pays for tiles, not for registers
+    if interpreted():  # which pays for tiles, not for registers
+        return Tiles(1, min(triton.next_power_of_2(vocabulary), 4096), 4)
+    return Tiles(4, 1024, 4)
 
 
-def forward_options(logits: Tensor, kind: int | None) -> dict[str, int]:
-    """How the token ops read a row forward, as their kernel takes it."""
-    options = tiles(logits.shape[-1])._asdict()
-    held = logits.element_size() == 2 and kind != KINDS.index("full_reverse") and not torch.version.hip
-    return {**options, "maxnreg": REGISTERS} if held else options
+def forward_options(policy: Tensor, ref: Tensor | None) -> dict[str, int]:
+    """How the token ops read a row forward, as their kernels take it."""
+    options = tiles(policy.shape[-1])._asdict()
+    if torch.version.hip:
+        return options
+    widest = max(logits.element_size() for logits in (policy, ref) if logits is not None)
+    return {**options, "maxnreg": REGISTERS[widest]}
 
 
 def backward_tile(vocabulary: int) -> int:
@@ -140,7 +145,7 @@ def forward_rows(
         forward_kernel, (actions.numel(), programs), policy.device, *model(policy), *model(ref),
         actions.contiguous(), dense(mask), dense(old_logprobs), *temperature_of(temperatures, temperature),
         states, arrivals, *outputs, policy.shape[1], vocabulary, *limits, kind, straight_through,
-        aligned(policy), aligned(ref), **forward_options(policy, kind),
+        aligned(policy), aligned(ref), **forward_options(policy, ref),
     )  # fmt: skip
     return outputs
 

@@ -109,11 +109,11 @@ def narrow(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def read_row_alone(row, step, V, temperature, ROWS: tl.constexpr, LANES: tl.constexpr):
-    state = read_chunk_alone(row, step, 0, tl.minimum(V, CHUNK), temperature, ROWS, LANES)
+def read_row_alone(row, step, V, temperature, GROUP: tl.constexpr, LANES: tl.constexpr):
+    state = read_chunk_alone(row, step, 0, tl.minimum(V, CHUNK), temperature, GROUP, LANES)
     for begin in range(CHUNK, V, CHUNK):
         end = tl.minimum(begin + CHUNK, V)
-        chunk = read_chunk_alone(row, step, begin, end, temperature, ROWS, LANES)
+        chunk = read_chunk_alone(row, step, begin, end, temperature, GROUP, LANES)
         state = merge(state, chunk, temperature, False, False)
     return state
 
@@ -121,15 +121,15 @@ def read_row_alone(row, step, V, temperature, ROWS: tl.constexpr, LANES: tl.cons
 @triton.jit
 def read_part(
     policy, policy_step, ref, ref_step, begin, end, temperature,
-    REVERSE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    REVERSE: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One chunk of a row. The main model is the policy; for the reverse divergence it is the reference."""
     if ref is None:
-        return read_chunk_alone(policy, policy_step, begin, end, temperature, ROWS, LANES)
+        return read_chunk_alone(policy, policy_step, begin, end, temperature, GROUP, LANES)
     elif REVERSE:
-        return read_chunk(ref, ref_step, policy, policy_step, begin, end, temperature, REVERSE, ROWS, LANES)
+        return read_chunk(ref, ref_step, policy, policy_step, begin, end, temperature, REVERSE, GROUP, LANES)
     else:
-        return read_chunk(policy, policy_step, ref, ref_step, begin, end, temperature, REVERSE, ROWS, LANES)
+        return read_chunk(policy, policy_step, ref, ref_step, begin, end, temperature, REVERSE, GROUP, LANES)
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def finish_row(
     state, policy, policy_step, ref, ref_step, action, old_logprob, temperature, V, saved,
     ratio_low, ratio_high, kl_low, kl_high,
     KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, WEIGHTED: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """From the state of a whole row to its outputs, and to what is saved of it. An action outside [0, V) makes all
     outputs NaN, and the sums by which backward divides: so all gradients too."""
@@ -204,11 +204,11 @@ def finish_row(
         if difference != difference:
             # the main model's row is undefined; the other's is not, but came from sums that the two share
             if REVERSE:
-                alone = read_row_alone(policy, policy_step, V, temperature, ROWS, LANES)
+                alone = read_row_alone(policy, policy_step, V, temperature, GROUP, LANES)
                 own_scale, S, H = alone.main_scale, alone.S, alone.H
                 log_S = tl.where(S > 0, tl.log(S), NAN)
             else:
-                alone = read_row_alone(ref, ref_step, V, temperature, ROWS, LANES)
+                alone = read_row_alone(ref, ref_step, V, temperature, GROUP, LANES)
                 ref_scale = alone.main_scale
                 ref_log_S = tl.where(alone.S > 0, tl.log(alone.S), NAN)
     logprob = (x - own_scale) / temperature - log_S
@@ -469,7 +469,7 @@ def forward_kernel(
     states, arrivals, kl, logprobs, ref_logprobs, entropy, saved, rows_per_outer: tl.int64, V,
     ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64,
     KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
-    POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program per row, or with ``arrivals`` one per chunk, of which the last goes on. ``states``: of a row's
     chunks, where there are several."""
@@ -480,7 +480,7 @@ def forward_kernel(
         own = leaves_row(
             policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
             temperatures, temperature_stride, temperature, states, arrivals, row, counts, rows_per_outer, V,
-            KIND, POLICY_ALIGNED, REF_ALIGNED, ROWS, LANES,
+            KIND, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
         )  # fmt: skip
         if own == 0:
             return
@@ -489,7 +489,7 @@ def forward_kernel(
             policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
             actions, old_logprobs, temperatures, temperature_stride, temperature, states, own_saved,
             row, rows_per_outer, V, ratio_low, ratio_high, kl_low, kl_high,
-            KIND, STRAIGHT_THROUGH, arrivals is None, POLICY_ALIGNED, REF_ALIGNED, ROWS, LANES,
+            KIND, STRAIGHT_THROUGH, arrivals is None, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
         )  # fmt: skip
     else:
         token = no_token(own_saved)
@@ -505,7 +505,7 @@ def leaves_row(
     policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
     temperatures, temperature_stride, temperature, states, arrivals, row, counts, rows_per_outer, V,
     KIND: tl.constexpr, POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Program (row, chunk) leaves the state of its chunk in memory. Whether the row's outputs are this program's to
     write: the last one's, or the first one's where the row does not count."""
@@ -519,7 +519,7 @@ def leaves_row(
         begin = chunk * CHUNK
         end = tl.minimum(begin + CHUNK, V)
         REVERSE: tl.constexpr = ref is not None and KIND == FULL_REVERSE
-        state = read_part(x, policy_step, y, ref_step, begin, end, own_temperature, REVERSE, ROWS, LANES)
+        state = read_part(x, policy_step, y, ref_step, begin, end, own_temperature, REVERSE, GROUP, LANES)
         store_state(states, row.to(tl.int64) * tl.num_programs(1) + chunk, state)
         own = is_last(arrivals, row)
     return own
@@ -531,7 +531,7 @@ def forward_row(
     actions, old_logprobs, temperatures, temperature_stride, temperature, states, own_saved,
     row, rows_per_outer, V, ratio_low, ratio_high, kl_low, kl_high,
     KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, READS: tl.constexpr,
-    POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A counted row, from its logits. The states of several chunks go through memory: registers are short. Without
     READS they are there already."""
@@ -542,14 +542,14 @@ def forward_row(
     x = row_pointer(policy, outer, inner, policy_outer, policy_inner, POLICY_ALIGNED)
     y = ref if ref is None else row_pointer(ref, outer, inner, ref_outer, ref_inner, REF_ALIGNED)
     if states is None:
-        state = read_part(x, policy_step, y, ref_step, 0, V, own_temperature, REVERSE, ROWS, LANES)
+        state = read_part(x, policy_step, y, ref_step, 0, V, own_temperature, REVERSE, GROUP, LANES)
     else:
         if READS:
             first = row.to(tl.int64) * ((V + CHUNK - 1) // CHUNK)
             for begin in range(0, V, CHUNK):
                 end = tl.minimum(begin + CHUNK, V)
                 chunk = read_part(
-                    x, policy_step, y, ref_step, begin, end, own_temperature, REVERSE, ROWS, LANES
+                    x, policy_step, y, ref_step, begin, end, own_temperature, REVERSE, GROUP, LANES
                 )
                 store_state(states, first + begin // CHUNK, chunk)
             tl.debug_barrier()
@@ -559,7 +559,7 @@ def forward_row(
         old_logprob = tl.load(old_logprobs + row).to(tl.float64)
     return finish_row(
         state, x, policy_step, y, ref_step, tl.load(actions + row), old_logprob, own_temperature, V, own_saved,
-        ratio_low, ratio_high, kl_low, kl_high, KIND, STRAIGHT_THROUGH, old_logprobs is not None, ROWS, LANES,
+        ratio_low, ratio_high, kl_low, kl_high, KIND, STRAIGHT_THROUGH, old_logprobs is not None, GROUP, LANES,
     )  # fmt: skip
 
 
