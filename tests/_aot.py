@@ -29,6 +29,7 @@ from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide
 from lsc_kernels.eager.token_rewards import RewardOptions
 from lsc_kernels.formula import compile_formula
 from lsc_kernels.triton import aggregate_formula, ops
+from lsc_kernels.triton.kl import KINDS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -100,7 +101,12 @@ class Compiler:
         if "cubin" in compiled.asm:
             facts |= resources(compiled.asm["cubin"])
             if registers:  # what the kernel puts aside to fit in them counts where it is read all the time
-                facts["spilled"] = spills_in_groups(compiled.asm["cubin"])
+                groups = group_loops(compiled.asm["cubin"])
+                facts["spilled"] = max(
+                    sum("LDL" in line or "STL" in line for line in loop) for loop in groups
+                )
+                facts["group_instructions"] = sorted(len(loop) // values["GROUP"] for loop in groups)
+                facts["kind"] = None if values["KIND"] is None else KINDS[values["KIND"]]
             facts["contracted"] = contracted(compiled.asm["ptx"])
         print(json.dumps(facts), flush=True)
 
@@ -122,8 +128,8 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "spilled": int(found[2]) + int(found[4])}
 
 
-def spills_in_groups(cubin: bytes) -> int:
-    """Reads and writes of local memory in a loop over groups of tiles: it has all their exponentials, and no loop."""
+def group_loops(cubin: bytes) -> list[list[str]]:
+    """The instructions of each loop over groups of tiles: it has all their exponentials, and no loop."""
     lines = report_on(cubin, "nvdisasm", "-c").splitlines()
     labels = {line[:-1]: number for number, line in enumerate(lines) if line.startswith(".L_x_")}
     branches = (
@@ -132,14 +138,14 @@ def spills_in_groups(cubin: bytes) -> int:
         if (found := re.search(r"BRA.*`\((\.L_x_\d+)\)", line))
     )
     loops = [(first, last) for first, last in branches if first < last]
-    counts = [
-        sum("LDL" in line or "STL" in line for line in lines[first:last])
+    found = [
+        [line for line in lines[first : last + 1] if line.endswith(";")]
         for first, last in loops
         if sum("MUFU.EX2" in line for line in lines[first:last]) >= 32
         and not any(first <= a and b <= last for a, b in loops if (a, b) != (first, last))
     ]
-    assert counts, "no loop over groups"
-    return max(counts)
+    assert found, "no loop over groups"
+    return found
 
 
 def contracted(ptx: str) -> int:
