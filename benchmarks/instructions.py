@@ -158,8 +158,8 @@ def one_model(code: Code) -> dict[str, int]:
 
 
 def two_models(code: Code) -> dict[str, int]:
-    """Two exponentials a column are those of models far apart. The exact difference takes more than the usual one, a tile
-    that is taken with care more than either."""
+    """Two exponentials a column are those of models far apart. The exact difference takes more than the usual one, a
+    tile that is taken with care more than either."""
     loops = loops_of_one_vote(code)
     far = min(len(loop) for loop in loops if code.exponentials(loop) == 2 * COLUMNS)
     usual, exact, *_ = sorted(len(loop) for loop in loops if code.exponentials(loop) == COLUMNS)
