@@ -234,8 +234,8 @@ def token_problems(device: torch.device, rows: int, vocabulary: int, dtype: torc
     logits_bytes = rows * vocabulary * dtype.itemsize
 
     @functools.cache
-    def logits() -> tuple[Tensor, Tensor, Tensor]:
-        return _logits.logits(Generator(device).manual_seed(20), rows, vocabulary, dtype)
+    def logits(reference: str = "near") -> tuple[Tensor, Tensor, Tensor]:
+        return _logits.logits(Generator(device).manual_seed(20), rows, vocabulary, dtype, reference)
 
     def entropy_too(policy: Tensor, actions: Tensor) -> Outputs:
         return lk.token_logprobs(policy, actions)._asdict()
@@ -256,11 +256,12 @@ def token_problems(device: torch.device, rows: int, vocabulary: int, dtype: torc
             moved_bytes=logits_bytes * (1 if leaf is None else 3),
             leaf=leaf,
         )
-    for kl, leaf in itertools.product(("full", "k3"), (None, 0)):
+    cases = [("near", *case) for case in itertools.product(("full", "k3"), (None, 0))]
+    for reference, kl, leaf in (*cases, ("independent", "full", None)):
         backward_bytes = {"full": 3, "k3": 2}[kl]
         yield Problem(
-            *("token_kl", kl, dtype, shape),
-            inputs=lambda: list(logits()),
+            *("token_kl", f"{kl}, {reference} reference", dtype, shape),
+            inputs=functools.partial(lambda named: list(logits(named)), reference),
             checked=first_rows,
             ways={
                 EAGER: _logits.TEXTBOOK[kl],

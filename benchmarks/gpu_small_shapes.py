@@ -42,6 +42,15 @@ def calls(
     yield lambda: lk.token_logprobs(policy, actions, mask=mask)
     for kl in ("k3", "full", "full_reverse"):
         yield lambda kl=kl: lk.token_kl(policy, ref, actions, kl=kl, mask=mask)
+    # rows that begin on 16 bytes, of models near one another, apart by a shift, and far apart
+    even = actions % (vocabulary // 8 * 8)
+    aligned = 3 * torch.randn(2, 3, vocabulary // 8 * 8, generator=generator, device=device)
+    noise = torch.randn(aligned.shape, generator=generator, device=device)
+    yield lambda: lk.token_logprobs(aligned.to(dtype).requires_grad_(), even, mask=mask)
+    for distance, shift in ((0.1, 0), (0.1, 300), (3, 0)):
+        pair = [logits.to(dtype).requires_grad_() for logits in (aligned, aligned + distance * noise + shift)]
+        for kl in ("k3", "full", "full_reverse"):
+            yield lambda pair=pair, kl=kl: lk.token_kl(*pair, even, kl=kl, mask=mask)
     yield lambda: (lk.kl_from_logprobs(logprobs, ref_logprobs, mask=mask),)
     yield lambda: (lk.lsc_transform(normal(2, 3), reference),)
     yield lambda: (lk.aggregate_rewards(normal(2, 3), reference, formula="0 & (1 | ~2)"),)
