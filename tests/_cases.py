@@ -90,6 +90,38 @@ def _begins_elsewhere(below: float) -> Callable[[Tensor, Tensor], Pair]:
     return pair
 
 
+def _first(logits: Tensor, share: float) -> Tensor:
+    return torch.arange(logits.shape[-1]) < share * logits.shape[-1]
+
+
+def _begins_apart(shift: float) -> Callable[[Tensor, Tensor], Pair]:
+    """The first quarter, of no weight, has nothing in common; the rest is alike but for a shift."""
+
+    def pair(a: Tensor, b: Tensor) -> Pair:
+        first = _first(a, 0.25)
+        x = 3 * a - 40 * first
+        return x, torch.where(first, x + 3 * b, x + 0.5 * b + shift)
+
+    return pair
+
+
+def _begins_loosely(a: Tensor, b: Tensor) -> Pair:
+    """The first quarter, of little weight, differs much more than the rest."""
+    first = _first(a, 0.25)
+    x = 3 * a - 5 * first
+    return x, x + torch.where(first, 0.77, 0.01) * b
+
+
+def _climbing(shift: float) -> Callable[[Tensor, Tensor], Pair]:
+    """The weight moves on column by column, and soon to where the models differ by another shift."""
+
+    def pair(a: Tensor, b: Tensor) -> Pair:
+        x = a + torch.linspace(0, 30, a.shape[-1])
+        return x, x + torch.where(_first(a, 0.1), 0.2, 1e-3) * b + shift * ~_first(a, 0.2)
+
+    return pair
+
+
 def _some_differ(share: float, by: float) -> Callable[[Tensor, Tensor], Pair]:
     """Alike but for every so many columns, which differ by so much either way."""
 
@@ -170,6 +202,11 @@ REGIMES: dict[str, Callable[[Tensor, Tensor], Pair]] = {
     "shift_apart_1e4": _shift(-1e4, 1e4, 1e-1),
     "shift_ref_0.4": _shift(0.0, 0.4, 0.1),
     "shifted_but_for_one": _shifted_but_for_one,
+    "begins_apart_50": _begins_apart(-50.0),
+    "begins_apart_300": _begins_apart(-300.0),
+    "begins_loosely": _begins_loosely,
+    "climbing_0.4": _climbing(0.4),
+    "climbing_-1": _climbing(-1.0),
     "spreading": _spreading(0.0),
     "spreading_shift": _spreading(2.0),
     "outlier_at_largest": _outlier_at_largest(-4.0),

@@ -492,6 +492,14 @@ class TestInfinities:
         policy, ref, _ = inputs(generator, "near_1e-1", 6, vocabulary)
         return policy, ref, torch.full((6,), 17)
 
+    @pytest.mark.parametrize("vocabulary", [1, 9, 1500])
+    def test_a_row_masked_all_over_with_the_lowest_number_is_level(
+        self, backend: str, generator: Generator, vocabulary: int
+    ) -> None:
+        masked = torch.full((2, vocabulary), torch.finfo(torch.float32).min)
+        actions = torch.randint(0, vocabulary, (2,), generator=generator)
+        check_token_kl(masked, masked.clone(), actions, kl="full")
+
     @pytest.mark.parametrize("vocabulary", [40, 5000])
     def test_column_missing_in_both_counts_for_nothing(
         self, backend: str, generator: Generator, vocabulary: int

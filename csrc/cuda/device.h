@@ -91,11 +91,6 @@ struct alignas(16) Words4 {
 struct alignas(8) Words2 {
   uint32_t x, y;
 };
-template <typename Words>
-inline Words load_once(const void* from) {
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(Words)) throw std::logic_error("a wide load that is not aligned");
-  return *static_cast<const Words*>(from);
-}
 // From memory to the block's memory while the thread goes on; there once wait_copies<n>() has returned, which leaves n
 // batches under way.
 template <int kBytes>
@@ -158,11 +153,6 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 
 using Words4 = uint4;
 using Words2 = uint2;
-// Read or written once: not to be kept in the caches for long.
-template <typename Words>
-__device__ __forceinline__ Words load_once(const void* from) {
-  return __ldcs(static_cast<const Words*>(from));
-}
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   const unsigned shared = unsigned(__cvta_generic_to_shared(to));
@@ -180,6 +170,7 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ uint64_t load_fresh(const uint64_t* from) {
   return __ldcg(reinterpret_cast<const unsigned long long*>(from));
 }
+// Written once: not to be kept in the caches for long.
 template <typename Words>
 __device__ __forceinline__ void store_once(void* to, Words words) {
   __stcs(static_cast<Words*>(to), words);

@@ -51,13 +51,14 @@ constexpr double kLost = 16;
 // A centre of so many spreads may cost a log ratio that many of its own roundings.
 constexpr float kPlainCentre = 4;
 // Where a chunk's first tile has a mean of delta^2/2 (or of |delta|, where that is larger than 1) above this, the models are taken to be
-// far apart; a warp for which they turn out to be nearer than this KL takes its columns of the chunk once more.
+// far apart.
 constexpr float kFar = 0.5f;
-constexpr double kNear = 0.1;
 // The centre is 0 then: x - y is rounded in its own size, which may not be much more than the KL.
 constexpr double kFarCentre = 16;
-// A maximum below all logits: the first that is not -inf rises above it.
-constexpr float kUnseen = -3e38f;
+// A sum of weights that is as small has some that a float does not hold.
+constexpr double kFaint = 0x1p-20;
+// A maximum below all logits that are not -inf.
+constexpr float kUnseen = -0x1.fffffep127f;
 // 2^u is 0 from here on.
 constexpr float kWeightless = -200;
 constexpr float kLog2e = 0x1.715476p+0f;
@@ -115,7 +116,7 @@ struct Sums {
   float D = 0, A = 0, H = 0;
 };
 
-// Over the others: W, WD, and V of the other model. In shared memory, as most threads have none.
+// Over the others: W, WD, and V of the other model. In shared memory, since a thread's registers are short.
 struct LargeSums {
   CarefulSum W, V;
   float WD = 0, VH = 0;
@@ -215,7 +216,7 @@ struct ReaderMemory {
   int64_t row;
   RowState<double>* states;  // where those of its chunks go, if other blocks read chunks of it too
   double temperature;
-  float spread[kWarps];  // mean |x - y - c| of the chunk's first tile, at most T: a centre as small needs no exact differences
+  float spread[kWarps];  // mean |x - y - c| of the chunk's first tile, at most T
   Uninitialised<LargeSums, kThreads> large;
 };
 
@@ -239,17 +240,21 @@ LSC_COLD double block_total(const ReaderMemory& memory, unsigned which, float ma
   return sum;
 }
 
-// The KL is what is left of A about the weighted mean. Where that is little of what a warp has summed about other centres, it has
-// lost its digits.
-LSC_COLD bool has_lost_digits(ReaderMemory& memory, unsigned warp, bool parked) {
-  if (parked) return memory.summed_A[warp] > kLost * memory.parked[warp].A;
-  const double* total = memory.totals[warp];
-  const double a = total[kA] / total[kS], mean = total[kD] / total[kS];
-  return a > kLost * (a - b_minus_log1p(a - mean));
+// The KL is what is left of sums about the centre. Where it is little beside what a warp has summed, or beside the square of a centre
+// (over T) that was taken away in one float, it has lost its digits.
+LSC_COLD bool has_lost_digits(double summed, double kl, double S, double centre) {
+  return summed > kLost * kl * S || centre * centre > 2 * kPlainCentre * kPlainCentre * kl;
 }
 
-// Whether a KL is too small to be a difference of sums.
-LSC_COLD bool is_near(const RowState<double>& row, double temperature) { return summarise(row, temperature).kl < kNear; }
+// What columns of large |delta| have added to A, about their centre.
+LSC_DEVICE double large_summed(const double* total) { return total[kW] + std::fabs(total[kWD]); }
+
+// Of sums in which no |delta| was large.
+LSC_COLD double near_kl(const double* total) {
+  const double a = total[kA] / total[kS], mean = total[kD] / total[kS];
+  return a - b_minus_log1p(a - mean);
+}
+LSC_COLD double kl_of(const RowState<double>& row, double temperature) { return summarise(row, temperature).kl; }
 
 template <typename T, Reading kReading>
 class RowReader {
@@ -327,8 +332,8 @@ class RowReader {
     if constexpr (kReverse) h = fma(fma(w * square, P, fma(-w, delta, w)), fma(delta, -kLog2e, u), h);
   }
 
-  // A tile in which no |delta| is large, no logit outweighs those so far, and nothing is infinite or NaN, where it shows in the sums:
-  // 0 u and a comparison with NaN. False if it is another one, and has not been added.
+  // A tile in which no |delta| is large, no logit outweighs those so far, and nothing is infinite or NaN. False if it is another one, and has
+  // not been added: an infinity makes NaN of 0 u or of delta, and no comparison with NaN holds.
   template <bool kPlain>
   LSC_DEVICE bool add_usual() {
     float x[kColumns], y[kColumns], u[kColumns], w[kColumns], delta[kColumns];
@@ -501,7 +506,7 @@ class RowReader {
     return wd;
   }
 
-  LSC_DEVICE Way usual_way() const { return origin_.plain ? Way::plain : Way::exact; }
+  LSC_DEVICE Way usual_way() const { return !kPair || origin_.plain ? Way::plain : Way::exact; }
 
   LSC_DEVICE LargeSums& large_sums() { return memory_.large[int(thread_index())]; }
   LSC_DEVICE void clear_sums() {
@@ -540,7 +545,7 @@ class RowReader {
   LSC_DEVICE void park_made() {
     const unsigned warp = warp_index();
     RowState<double>& parked = memory_.parked[warp];
-    double summed_A = memory_.totals[warp][kA];
+    double summed_A = memory_.totals[warp][kA] + large_summed(memory_.totals[warp]);
     if (parked_) {
       const double before = memory_.summed_A[warp], main_before = parked.main_scale;
       merge_apart(&parked, &memory_.made[warp], memory_.temperature, kReverse);
@@ -635,7 +640,7 @@ class RowReader {
     const RowState<double>& parked = memory_.parked[warp_index()];
     origin_.main = float(parked.main_scale);
     origin_.other = parked.other_S > 0 ? float(parked.other_scale) : kUnseen;
-    const double spread = memory_.temperature * std::sqrt(2 * parked.A / parked.S);
+    const double spread = memory_.temperature * std::sqrt(2 * (parked.A > 0 ? parked.A : 0) / parked.S);
     const double plain = kPlainCentre * fmin(spread, double(memory_.spread[warp_index()]));
     origin_.set_centre(parked.centre, std::fabs(parked.centre) <= plain, memory_.temperature);
   }
@@ -742,17 +747,30 @@ class RowReader {
     }
     if (!kPair || again) return false;
     const double* total = memory_.totals[warp_index()];
-    double centre = parked_ ? memory_.parked[warp_index()].centre : origin_.exact_centre(t_) + memory_.temperature * total[kD] / total[kS];
-    if (way_ == Way::far) {
-      const bool misses = any_lane(large_sums().other_misses);
-      if (lane_index() == 0) make_stored(origin_, misses);
-      sync_warp();
-      const RowState<double>& made = memory_.made[warp_index()];
-      if (!is_near(made, memory_.temperature)) return false;
-      centre = made.centre + memory_.temperature * made.D / made.S;
-    } else if (!has_lost_digits(memory_, warp_index(), parked_)) {
-      return false;
+    double centre, S = 1;
+    bool lost;
+    if (parked_) {
+      const RowState<double>& parked = memory_.parked[warp_index()];
+      centre = parked.centre, lost = memory_.summed_A[warp_index()] > kLost * parked.A;
+    } else {
+      const double subtracted = origin_.plain ? double(origin_.centre) : 0.0;
+      if (total[kW] == 0 && total[kV] == 0) {
+        S = total[kS];
+        centre = origin_.exact_centre(t_) + memory_.temperature * total[kD] / total[kS];
+        lost = has_lost_digits(total[kA], near_kl(total), total[kS], subtracted);
+      } else {
+        const bool misses = any_lane(large_sums().other_misses);
+        if (lane_index() == 0) make_stored(origin_, misses);
+        sync_warp();
+        const RowState<double>& made = memory_.made[warp_index()];
+        S = made.S;
+        centre = made.centre + memory_.temperature * made.D / S;
+        lost = has_lost_digits(total[kA] + large_summed(total), kl_of(made, memory_.temperature), S, subtracted);
+      }
     }
+    if (!lost) return false;
+    // the other model's sum will follow from weights that must not be too small for a float
+    if (S < kFaint) origin_.main = float(origin_.main + memory_.temperature * std::log(S));
     origin_.set_centre(centre, false, memory_.temperature);
     sync_warp();
     parked_ = false;

@@ -42,19 +42,6 @@ LSC_DEVICE T excluded() {
   }
 }
 
-// kGroup columns from `column` on, what lies at `end` or beyond as -inf.
-template <typename T, int kCount>
-LSC_DEVICE void read_group(const T* row, int64_t column, int64_t end, bool wide, T (&group)[kCount]) {
-  using Words = std::conditional_t<sizeof(T) * kCount == 16, Words4, Words2>;
-  if (wide && column + kCount <= end) {
-    const Words words = load_once<Words>(row + column);
-    memcpy(group, &words, sizeof words);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) group[i] = column + i < end ? row[column + i] : excluded<T>();
-  }
-}
-
 // A thread's columns of a few tiles on their way through the block's memory: 128 bytes a thread and model. Each thread reads
 // what it copied itself, so there is nothing to wait for but the copy.
 constexpr int kStageBytes = 128 * kThreads;
@@ -109,29 +96,8 @@ LSC_DEVICE void to_floats(const T (&group)[kCount], float* x) {
 template <typename T>
 class RowSource {
  public:
-  // The columns of a thread as they came from memory: loads in flight.
-  struct Raw {
-    T columns[kColumns];
-  };
-
   LSC_DEVICE RowSource(const Rows& rows, int64_t offset)
       : row_(static_cast<const T*>(rows.data) + offset), wide_(reinterpret_cast<uintptr_t>(row_) % 16 == 0) {}
-
-  LSC_DEVICE Raw fetch(int64_t tile, int64_t end) const {
-    Raw raw;
-#pragma unroll
-    for (int first = 0; first < kColumns; first += kGroup<T>) {
-      T group[kGroup<T>];
-      read_group(row_, column_of<T>(tile, first), end, wide_, group);
-#pragma unroll
-      for (int i = 0; i < kGroup<T>; ++i) raw.columns[first + i] = group[i];
-    }
-    return raw;
-  }
-
-  LSC_DEVICE void unpack(const Raw& raw, float (&x)[kColumns]) const {
-    to_floats(raw.columns, x);
-  }
 
   LSC_DEVICE void copy(int64_t tile, int64_t end, unsigned char* stage) const {
 #pragma unroll
@@ -163,28 +129,9 @@ class RowSource {
 template <>
 class RowSource<Mixed> {
  public:
-  struct Raw {
-    float columns[kColumns];
-  };
-
   LSC_DEVICE RowSource(const Rows& rows, int64_t offset)
       : row_(static_cast<const char*>(rows.data) + offset * (rows.dtype == DType::float32 ? 4 : 2)), dtype_(rows.dtype),
         wide_(reinterpret_cast<uintptr_t>(row_) % (rows.dtype == DType::float32 ? 16 : 8) == 0) {}
-
-  LSC_DEVICE Raw fetch(int64_t tile, int64_t end) const {
-    Raw raw;
-    switch (dtype_) {
-      case DType::float32: fetch_as<float>(tile, end, raw); break;
-      case DType::bfloat16: fetch_as<BFloat16>(tile, end, raw); break;
-      case DType::float16: fetch_as<Half>(tile, end, raw); break;
-    }
-    return raw;
-  }
-
-  LSC_DEVICE void unpack(const Raw& raw, float (&x)[kColumns]) const {
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) x[i] = raw.columns[i];
-  }
 
   LSC_DEVICE void copy(int64_t tile, int64_t end, unsigned char* stage) const {
     switch (dtype_) {
@@ -220,17 +167,6 @@ class RowSource<Mixed> {
   }
 
  private:
-  template <typename T>
-  LSC_DEVICE void fetch_as(int64_t tile, int64_t end, Raw& raw) const {
-#pragma unroll
-    for (int first = 0; first < kColumns; first += kGroup<Mixed>) {
-      T group[kGroup<Mixed>];
-      read_group(reinterpret_cast<const T*>(row_), column_of<Mixed>(tile, first), end, wide_, group);
-#pragma unroll
-      for (int i = 0; i < kGroup<Mixed>; ++i) raw.columns[first + i] = to_float(group[i]);
-    }
-  }
-
   template <typename T>
   LSC_DEVICE void copy_as(int64_t tile, int64_t end, unsigned char* stage) const {
 #pragma unroll

@@ -90,9 +90,12 @@ class ChunkStates {
   ReaderMemory& memory_;
 };
 
-// What backward reads of a scale is a float; the other model's may be m - c.
+// What backward reads of a scale and of log S' are floats. The other model's scale may be m - c, and far from its logits: then the log-sum
+// is the better scale.
 LSC_COLD void round_scale(RowState<double>& row, double temperature, bool reverse) {
-  if (row.other_S > 0) rescale_other<double>(row, float(row.other_scale), temperature, reverse);
+  if (!(row.other_S > 0)) return;
+  const double log_S = std::log(row.other_S), moved = std::fabs(log_S) > 16 ? temperature * log_S : 0;
+  rescale_other<double>(row, float(row.other_scale + moved), temperature, reverse);
 }
 
 // One model's row read by itself, whatever its dtype; by the whole block.
