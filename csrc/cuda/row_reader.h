@@ -11,8 +11,8 @@
 //   loop    Each thread adds its columns to float sums of its own. Warps do not wait for one another. A warp votes once a tile
 //           whether its columns are the usual ones; the sums that it has made by then tell. If not, it takes the tile again
 //           with care, and the next ones too while they need it. A logit above m (which shows in the sum of the weights)
-//           becomes its m; one far above brings its own centre too, and then the sums so far are parked as a RowState in
-//           double.
+//           becomes its m; one far above brings its own centre too, unless the models are far apart, and then the sums so far
+//           are parked as a RowState in double.
 //   end     The sums of the threads are added up in double, and become the chunk's state with what was parked. A warp whose
 //           columns turn out to be elsewhere than the centre takes them once more, from the second cache.
 //

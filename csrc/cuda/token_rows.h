@@ -188,23 +188,21 @@ LSC_DEVICE bool token_row(ReaderMemory& memory, const TokenForward& a, int64_t r
     }
     return part == 0;
   }
-  {
-    const Rows &main_rows = kReverse ? rows.ref : rows.policy, &other_rows = kReverse ? rows.policy : kPair ? rows.ref : rows.policy;
-    const RowSource<T> main(main_rows, row_offset(main_rows, row)), other(other_rows, row_offset(other_rows, row));
-    const int64_t chunks = chunks_of(V), first = chunks * part / a.blocks_per_row, last = chunks * (part + 1) / a.blocks_per_row;
-    if (thread_index() == 0) {
-      memory.row = row;
-      memory.states = a.blocks_per_row > 1 ? a.states + row * chunks + first : nullptr;
-    }
-    RowReader<T, kReading> reader(memory, main, other, temperature_at(rows, row), first * kChunk, last * kChunk < V ? last * kChunk : V);
-    reader.read([&](int64_t i, const RowState<double>& state) {
-      if (!memory.states) {
-        ChunkStates<kReverse>(memory).take(i, state);
-      } else if (lane_index() == 0) {
-        memory.states[i] = state;
-      }
-    });
+  const Rows &main_rows = kReverse ? rows.ref : rows.policy, &other_rows = kReverse ? rows.policy : kPair ? rows.ref : rows.policy;
+  const RowSource<T> main(main_rows, row_offset(main_rows, row)), other(other_rows, row_offset(other_rows, row));
+  const int64_t chunks = chunks_of(V), first = chunks * part / a.blocks_per_row, last = chunks * (part + 1) / a.blocks_per_row;
+  if (thread_index() == 0) {
+    memory.row = row;
+    memory.states = a.blocks_per_row > 1 ? a.states + row * chunks + first : nullptr;
   }
+  RowReader<T, kReading> reader(memory, main, other, temperature_at(rows, row), first * kChunk, last * kChunk < V ? last * kChunk : V);
+  reader.read([&](int64_t i, const RowState<double>& state) {
+    if (!memory.states) {
+      ChunkStates<kReverse>(memory).take(i, state);
+    } else if (lane_index() == 0) {
+      memory.states[i] = state;
+    }
+  });
   return end_row<kReading>(memory, a);
 }
 
