@@ -536,11 +536,15 @@ class RowReader {
     sync_warp();
   }
 
-  // The state of the stored totals, made by one lane.
-  LSC_DEVICE void make_stored(const Origin& origin, bool other_misses) {
+  // The state of the stored totals, made by one lane, for all of them.
+  LSC_DEVICE void make_stored() {
     const unsigned warp = warp_index();
-    memory_.origin[warp] = origin;
-    make_state<kReading>(&memory_.made[warp], memory_.totals[warp], memory_.origin[warp], memory_.temperature, other_misses);
+    const bool misses = any_lane(large_sums().other_misses);
+    if (lane_index() == 0) {
+      memory_.origin[warp] = origin_;
+      make_state<kReading>(&memory_.made[warp], memory_.totals[warp], memory_.origin[warp], memory_.temperature, misses);
+    }
+    sync_warp();
   }
   LSC_DEVICE void park_made() {
     const unsigned warp = warp_index();
@@ -560,8 +564,8 @@ class RowReader {
   // The warp's sums since its last change of origin, into what it has parked.
   LSC_DEVICE void absorb() {
     store_totals();
-    const bool misses = any_lane(large_sums().other_misses);
-    if (lane_index() == 0) make_stored(origin_, misses), park_made();
+    make_stored();
+    if (lane_index() == 0) park_made();
     sync_warp();
     parked_ = true;
     clear_sums();
@@ -614,11 +618,9 @@ class RowReader {
     for (int attempt = 0;; ++attempt) {
       add_anew();
       store_totals();
-      const bool misses = any_lane(large_sums().other_misses);
+      make_stored();
       clear_sums();
       const RowState<double>& made = memory_.made[warp_index()];
-      if (lane_index() == 0) make_stored(origin_, misses);
-      sync_warp();
       if (attempt > 0 || !centre_is_outlier(made.S, made.D, made.A)) break;
       origin_.set_centre(made.centre + memory_.temperature * made.D / made.S, false, memory_.temperature);
       sync_warp();
@@ -759,9 +761,7 @@ class RowReader {
         centre = origin_.exact_centre(t_) + memory_.temperature * total[kD] / total[kS];
         lost = has_lost_digits(total[kA], near_kl(total), total[kS], subtracted);
       } else {
-        const bool misses = any_lane(large_sums().other_misses);
-        if (lane_index() == 0) make_stored(origin_, misses);
-        sync_warp();
+        make_stored();
         const RowState<double>& made = memory_.made[warp_index()];
         S = made.S;
         centre = made.centre + memory_.temperature * made.D / S;
