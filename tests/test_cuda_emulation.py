@@ -76,13 +76,29 @@ def test_no_result_depends_on_the_order_of_threads_and_blocks(generator: Generat
             assert torch.equal(a, b)
 
 
-def test_a_row_is_the_same_bits_wherever_it_lies(generator: Generator) -> None:
-    """Rows of an odd vocabulary begin at every alignment."""
-    policy, ref = logit_pair(generator, "near_1e-1", (1, 4099), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocabulary", [1031, 4099, 4105, 33801])
+def test_a_row_is_the_same_bits_wherever_it_lies(
+    generator: Generator, vocabulary: int, dtype: torch.dtype
+) -> None:
+    """Rows of an odd vocabulary begin at every alignment: the models' at the same one, and each at its own."""
+    policy, ref = logit_pair(generator, "near_1e-1", (1, vocabulary), dtype)
     actions = sampled_actions(generator, policy)
-    rows = forward_and_backward(policy.repeat(9, 1), ref.repeat(9, 1), actions.repeat(9), "full")
-    for output in rows:
-        assert torch.equal(output, output[:1].expand_as(output))
+    expected: tuple[Tensor, ...] | None = None
+    for before, behind in ((0, 0), (1, 2), (3, 1)):
+        x = policy.repeat(9, 1).requires_grad_()
+        y = torch.full((9, before + vocabulary + behind), torch.nan, dtype=dtype)
+        y[:, before : before + vocabulary] = ref
+        y = y[:, before : before + vocabulary].requires_grad_()
+        out = lk.token_kl(x, y, actions.repeat(9), kl="full")
+        alone = lk.token_logprobs(y, actions.repeat(9))
+        gradients = torch.autograd.grad(out.kl.sum() + out.logprobs.sum(), (x, y))
+        of_policy = torch.autograd.grad(lk.token_kl(x, y.detach(), actions.repeat(9), kl="k3").kl.sum(), x)
+        of_alone = torch.autograd.grad(alone.entropy.sum(), y)
+        got = *out, alone.logprobs, alone.entropy, *gradients, *of_policy, *of_alone
+        expected = expected or tuple(output[:1] for output in got)
+        for output, first in zip(got, expected, strict=True):
+            assert torch.equal(output, first.expand_as(output))
 
 
 def test_one_launch_forward_and_one_backward(generator: Generator) -> None:

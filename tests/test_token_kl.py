@@ -607,13 +607,16 @@ class TestInfinities:
                 check_values(name, got, t, {"kl": kl})
 
     @pytest.mark.parametrize("above", [0.0, 100.0, 2000.0])
-    def test_missing_at_the_largest_logit(self, backend: str, generator: Generator, above: float) -> None:
+    @pytest.mark.parametrize("best", [None, 4500])
+    def test_missing_at_the_largest_logit(
+        self, backend: str, generator: Generator, above: float, best: int | None
+    ) -> None:
         """The column that carries a model, the centre of its tile, is impossible in the other."""
         policy, ref, actions = self.rows(generator)
-        best = policy.argmax(-1, keepdim=True)
+        column = policy.argmax(-1, keepdim=True) if best is None else torch.full((len(policy), 1), best)
         sure, without = (
-            policy.scatter_add(-1, best, torch.full(best.shape, above)),
-            ref.scatter(-1, best, -torch.inf),
+            policy.scatter(-1, column, policy.amax(-1, keepdim=True) + above),
+            ref.scatter(-1, column, -torch.inf),
         )
         for temperature in (1.0, 0.1):
             for kl in ("k1", "k3", "full"):

@@ -47,6 +47,7 @@ constexpr int kWarp = 32;
 #ifdef LSC_EMULATION
 
 inline unsigned thread_index() { return emulation::thread_index(); }
+inline unsigned thread_index_anew() { return emulation::thread_index(); }
 inline int64_t block_index() { return emulation::block_index(); }
 inline void sync_block(LSC_HERE_ALONE) { emulation::sync_block(place); }
 inline void sync_warp(LSC_HERE_ALONE) { emulation::ballot(true, place); }
@@ -82,6 +83,8 @@ inline float exp2_fast(float x) {
   return float(exact * (float_to_bits(x) & 1 ? 1 + 1e-7 : 1 - 1e-7));
 }
 inline uint32_t largest3(uint32_t a, uint32_t b, uint32_t c) { return a < b ? (b < c ? c : b) : (a < c ? c : a); }
+// The low word of the two moved down by so many bits, fewer than 32.
+inline uint32_t shift_down(uint32_t low, uint32_t high, unsigned bits) { return uint32_t((uint64_t(high) << 32 | low) >> bits); }
 // NaN where either is
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? b : a; }
 
@@ -100,6 +103,9 @@ inline void copy_async(void* to, const void* from) {
   }
   emulation::copy_later(to, from, kBytes);
 }
+inline void copy_async_if(bool wanted, void* to, const void* from) {
+  if (wanted) copy_async<16>(to, from);
+}
 inline void end_batch() { emulation::end_batch(); }
 template <int kUnderWay>
 inline void wait_copies() {
@@ -116,6 +122,12 @@ inline void store_once(void* to, Words words) {
 #else
 
 __device__ __forceinline__ unsigned thread_index() { return threadIdx.x; }
+// Read where it is needed: nothing that follows from it takes up a register throughout a loop that has none to spare.
+__device__ __forceinline__ unsigned thread_index_anew() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
@@ -145,6 +157,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return power;
 }
 __device__ __forceinline__ uint32_t largest3(uint32_t a, uint32_t b, uint32_t c) { return __vimax3_u32(a, b, c); }
+__device__ __forceinline__ uint32_t shift_down(uint32_t low, uint32_t high, unsigned bits) { return __funnelshift_r(low, high, bits); }
 __device__ __forceinline__ float max_nan(float a, float b) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
@@ -162,6 +175,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes) : "memory");
   }
 }
+// 16 bytes, without a branch.
+__device__ __forceinline__ void copy_async_if(bool wanted, void* to, const void* from) {
+  const unsigned shared = unsigned(__cvta_generic_to_shared(to));
+  asm volatile(
+      "{.reg .pred wanted; setp.ne.b32 wanted, %2, 0; @wanted cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(shared), "l"(from),
+      "r"(int(wanted))
+      : "memory");
+}
 __device__ __forceinline__ void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kUnderWay>
 __device__ __forceinline__ void wait_copies() {
@@ -178,8 +199,8 @@ __device__ __forceinline__ void store_once(void* to, Words words) {
 
 #endif
 
-LSC_DEVICE unsigned lane_index() { return thread_index() % kWarp; }
-LSC_DEVICE unsigned warp_index() { return thread_index() / kWarp; }
+LSC_DEVICE unsigned lane_index() { return thread_index_anew() % kWarp; }
+LSC_DEVICE unsigned warp_index() { return thread_index_anew() / kWarp; }
 
 LSC_DEVICE float warp_max(float value) {
   for (int mask = kWarp / 2; mask; mask /= 2) {

@@ -120,7 +120,6 @@ struct Sums {
 struct LargeSums {
   CarefulSum W, V;
   float WD = 0, VH = 0;
-  bool other_misses = false;
 };
 
 // From weights about one maximum to a larger one, `shift` powers of two below.
@@ -200,6 +199,11 @@ struct Uninitialised {
   LSC_DEVICE T& operator[](int i) { return data()[i]; }
 };
 
+// Of a warp in a chunk: whether it has parked sums, and whether in those since then the other model misses a column.
+struct Marks {
+  bool has_parked, misses;
+};
+
 struct ReaderMemory {
   RingMemory ring;
   double totals[kWarps][kTotals], block_totals[kTotals];
@@ -210,7 +214,7 @@ struct ReaderMemory {
   double summed_A[kWarps];  // of what is parked, each part about the centre it had
   float first[kWarps][4], check[kWarps][4];
   float main[kWarps], other[kWarps];  // the warps' maxima
-  bool has_parked[kWarps], other_misses[kWarps];
+  Marks marks[kWarps], ended[kWarps];  // while a chunk is read, and at its end
   bool last, undefined;
   // Of the row: what the loop seldom needs, and its threads have no registers for.
   int64_t row;
@@ -220,11 +224,14 @@ struct ReaderMemory {
   Uninitialised<LargeSums, kThreads> large;
 };
 
+// An A100 has 164 KB a multiprocessor, of which each block takes 1 for itself.
+static_assert(kBlocksAtOnce * (sizeof(ReaderMemory) + 1024) <= 164 * 1024);
+
 // One of the sums, over the warps that have parked nothing, brought to common maxima.
 LSC_COLD double block_total(const ReaderMemory& memory, unsigned which, float main, float other, float k, bool reverse) {
   double sum = 0;
   for (int w = 0; w < kWarps; ++w) {
-    if (memory.has_parked[w]) continue;
+    if (memory.ended[w].has_parked) continue;
     const double* total = memory.totals[w];
     const bool of_other = which == kV || which == kVH;
     const double shift = (of_other ? double(memory.other[w]) - other : double(memory.main[w]) - main) * k;
@@ -271,22 +278,23 @@ class RowReader {
   // Warp 0 calls take(i, state) with the state of the i-th chunk of them, which is its first lane's.
   template <typename Take>
   LSC_DEVICE void read(const Take& take) {
-    ring_.begin_at(0);
-    for (int chunk = 0;; ++chunk) {
-      const int64_t ahead = ring_.columns() - chunk * kChunk;
-      if (ahead <= 0) break;
-      const int columns = ahead < kChunk ? int(ahead) : int(kChunk);
-      start(columns);
-      for (bool again = false;;) {
-        for (int left = columns; left > 0; left -= kTile) add_tile();
+    bool again = false;
+    for (int tile = 0;; tile = chunk() * kTilesOfChunk) {
+      ring_.begin_at(tile);
+      while (ring_.tile() < ring_.tiles()) {
+        if (!again) start();
+        const int in_row = ring_.tiles() - ring_.tile(), in_chunk = kTilesOfChunk - ring_.tile() % kTilesOfChunk;
+        const int end = ring_.copied() + (in_row < in_chunk ? in_row : in_chunk);
+        do {
+          add_tile();
+        } while (ring_.copied() < end);
         again = takes_again(again);
-        if (!again) break;
-        ring_.wait_for_all();
-        ring_.begin_at(chunk * kTilesOfChunk);
+        if (again) break;
+        finish(take);
       }
-      finish(chunk, take);
+      ring_.wait_for_all();
+      if (!again) break;
     }
-    ring_.wait_for_all();
   }
 
  private:
@@ -299,9 +307,10 @@ class RowReader {
     }
   }
 
+  // Of the last tile that has been passed.
+  LSC_DEVICE int chunk() const { return (ring_.tile() + kTilesOfChunk - 1) / kTilesOfChunk - 1; }
+
   LSC_DEVICE void add_tile() {
-    ring_.wait();
-    ring_.copy_next();
     bool added = false;
     switch (way_) {
       case Way::plain: added = add_usual<true>(); break;
@@ -351,8 +360,11 @@ class RowReader {
       if constexpr (kPair) add_small(u[i], w[i], delta[i], d, a, h);
     }
     const float total = sum(w);
-    const bool usual = (total <= kLevel) & are_small(delta) & (h > -INFINITY);
-    if (any_lane(!usual)) return false;
+    const bool usual = are_small(delta) & (h > -INFINITY);
+    if (any_lane(!(usual & (total <= kLevel)))) {
+      // it may be the weights of a flat row that add up to as much
+      if (any_lane(!(usual & (largest(w) <= 1)))) return false;
+    }
     sums_.S.add(total);
     sums_.D += d, sums_.A += a, sums_.H += h;
     return true;
@@ -390,8 +402,10 @@ class RowReader {
       if constexpr (!kReverse) h = fma(w[i], u, h);
     }
     const float total = sum(w), total_v = sum(v);
-    const bool usual = (total <= kLevel) & (total_v <= kLevel) & (fabsf(wd) < INFINITY) & (h + vh > -INFINITY);
-    if (any_lane(!usual)) return false;
+    const bool usual = (fabsf(wd) < INFINITY) & (h + vh > -INFINITY);
+    if (any_lane(!(usual & (total <= kLevel) & (total_v <= kLevel)))) {
+      if (any_lane(!(usual & (largest(w) <= 1) & (largest(v) <= 1)))) return false;
+    }
     sums_.H += h;
     add_large(total, total_v, wd, vh);
     return true;
@@ -434,9 +448,11 @@ class RowReader {
     if constexpr (kPair) {
       float v[kColumns];
       find_deltas(x, y, s.delta);
+      // what the other model's sum owes to a small one would go with the main model's when a far logit lowers that
+      const float limit = way_ == Way::far ? 0.0f : kSmallLogRatio;
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
-        const bool is_small = fabsf(s.delta[i]) < kSmallLogRatio;
+        const bool is_small = fabsf(s.delta[i]) < limit;
         float u = (y[i] - origin_.other) * t_.k;
         if constexpr (kReverse) u = max_nan(u, kWeightless);
         v[i] = is_small ? 0.0f : exp2_fast(u);
@@ -491,26 +507,28 @@ class RowReader {
     if (way_ != Way::far) way_ = any_lane(!usual) ? Way::careful : usual_way();
   }
 
-  // The sum of w delta without the columns where delta is infinite, of which it is noted that the other model misses them.
+  // Warp: the sum of w delta without the columns where delta is infinite, of which it is noted that the other model misses them.
   LSC_DEVICE float finite_wd(const float (&large)[kColumns]) {
     float x[kColumns], y[kColumns], delta[kColumns], wd = 0;
     unpack(x, y);
     find_deltas(x, y, delta);
-    bool misses = large_sums().other_misses;
+    bool misses = false;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       wd = fma(large[i], fabsf(delta[i]) < INFINITY ? delta[i] : 0.0f, wd);
       misses |= ((y[i] == -INFINITY) & (x[i] > -INFINITY)) | ((delta[i] == INFINITY) & (large[i] > 0));
     }
-    large_sums().other_misses = misses;
+    if (any_lane(misses) && lane_index() == 0) marks().misses = true;
     return wd;
   }
 
   LSC_DEVICE Way usual_way() const { return !kPair || origin_.plain ? Way::plain : Way::exact; }
 
+  LSC_DEVICE Marks& marks() { return memory_.marks[warp_index()]; }
   LSC_DEVICE LargeSums& large_sums() { return memory_.large[int(thread_index())]; }
   LSC_DEVICE void clear_sums() {
     sums_ = Sums(), large_sums() = LargeSums();
+    if (lane_index() == 0) marks().misses = false;
   }
 
   static LSC_DEVICE float largest(const float (&x)[kColumns]) {
@@ -539,10 +557,9 @@ class RowReader {
   // The state of the stored totals, made by one lane, for all of them.
   LSC_DEVICE void make_stored() {
     const unsigned warp = warp_index();
-    const bool misses = any_lane(large_sums().other_misses);
     if (lane_index() == 0) {
       memory_.origin[warp] = origin_;
-      make_state<kReading>(&memory_.made[warp], memory_.totals[warp], memory_.origin[warp], memory_.temperature, misses);
+      make_state<kReading>(&memory_.made[warp], memory_.totals[warp], memory_.origin[warp], memory_.temperature, marks().misses);
     }
     sync_warp();
   }
@@ -550,7 +567,7 @@ class RowReader {
     const unsigned warp = warp_index();
     RowState<double>& parked = memory_.parked[warp];
     double summed_A = memory_.totals[warp][kA] + large_summed(memory_.totals[warp]);
-    if (parked_) {
+    if (marks().has_parked) {
       const double before = memory_.summed_A[warp], main_before = parked.main_scale;
       merge_apart(&parked, &memory_.made[warp], memory_.temperature, kReverse);
       summed_A = scaled(summed_A, std::exp((memory_.made[warp].main_scale - parked.main_scale) / memory_.temperature)) +
@@ -559,6 +576,7 @@ class RowReader {
       parked = memory_.made[warp];
     }
     memory_.summed_A[warp] = summed_A;
+    marks().has_parked = true;
   }
 
   // The warp's sums since its last change of origin, into what it has parked.
@@ -567,7 +585,6 @@ class RowReader {
     make_stored();
     if (lane_index() == 0) park_made();
     sync_warp();
-    parked_ = true;
     clear_sums();
   }
 
@@ -647,13 +664,12 @@ class RowReader {
     origin_.set_centre(parked.centre, std::fabs(parked.centre) <= plain, memory_.temperature);
   }
 
-  // Block: the origin of a chunk of so many columns, from its first tile.
-  LSC_DEVICE void start(int columns) {
-    ring_.wait();
+  // Block: the origin of a chunk, from its first tile.
+  LSC_DEVICE void start() {
     float x[kColumns], y[kColumns];
     unpack(x, y);
     clear_sums();
-    parked_ = false;
+    if (lane_index() == 0) marks().has_parked = false;
     float main_max = largest(x), other = kPair ? beside(x, y, main_max) : 0.0f, other_max = kPair ? largest(y) : 0.0f;
 #pragma unroll
     for (int mask = kWarp / 2; mask; mask /= 2) {
@@ -680,7 +696,7 @@ class RowReader {
     way_ = Way::plain;
     if constexpr (kPair) {
       if (other_max > -INFINITY && other_max < INFINITY) origin_.other = other_max;
-      choose_centre(x, y, centre_between(main_max - other, main_max, origin_.other), columns < kTile ? columns : kTile);
+      choose_centre(x, y, centre_between(main_max - other, main_max, origin_.other));
     }
   }
 
@@ -711,7 +727,7 @@ class RowReader {
     return all;
   }
 
-  LSC_DEVICE void choose_centre(const float (&x)[kColumns], const float (&y)[kColumns], double centre, int columns) {
+  LSC_DEVICE void choose_centre(const float (&x)[kColumns], const float (&y)[kColumns], double centre) {
     origin_.set_centre(centre, false, memory_.temperature);
     Check tile = check(x, y);
     if (centre_is_outlier(tile.S, tile.D, tile.A)) {
@@ -726,7 +742,7 @@ class RowReader {
         origin_.set_centre(centre, false, memory_.temperature);
       }
     }
-    const float temperature = float(memory_.temperature), spread = temperature * fminf(1.0f, tile.far / float(columns));
+    const float temperature = float(memory_.temperature), spread = temperature * fminf(1.0f, tile.far / float(ring_.columns_of_tile()));
     const float weighted = temperature * sqrtf(2 * tile.A / tile.S);
     const bool plain = std::fabs(centre) <= double(kPlainCentre * (weighted < spread ? weighted : spread));
     if (lane_index() == 0) memory_.spread[warp_index()] = spread;
@@ -742,7 +758,7 @@ class RowReader {
   // Warp, at the end of a chunk: whether it takes its columns once more, about a better centre. Else its totals are stored, or all
   // is parked: what it has taken again has a centre of its own.
   LSC_DEVICE bool takes_again(bool again) {
-    if (parked_ || again) {
+    if (marks().has_parked || again) {
       absorb();
     } else {
       store_totals();
@@ -751,7 +767,7 @@ class RowReader {
     const double* total = memory_.totals[warp_index()];
     double centre, S = 1;
     bool lost;
-    if (parked_) {
+    if (marks().has_parked) {
       const RowState<double>& parked = memory_.parked[warp_index()];
       centre = parked.centre, lost = memory_.summed_A[warp_index()] > kLost * parked.A;
     } else {
@@ -773,7 +789,7 @@ class RowReader {
     if (S < kFaint) origin_.main = float(origin_.main + memory_.temperature * std::log(S));
     origin_.set_centre(centre, false, memory_.temperature);
     sync_warp();
-    parked_ = false;
+    if (lane_index() == 0) marks().has_parked = false;
     way_ = usual_way();
     clear_sums();
     return true;
@@ -781,10 +797,9 @@ class RowReader {
 
   // Block: the chunk's state from what its threads have summed.
   template <typename Take>
-  LSC_DEVICE void finish(int chunk, const Take& take) {
-    const bool misses = any_lane(large_sums().other_misses);
+  LSC_DEVICE void finish(const Take& take) {
     if (lane_index() == 0) {
-      memory_.has_parked[warp_index()] = parked_, memory_.other_misses[warp_index()] = misses;
+      memory_.ended[warp_index()] = marks();
       memory_.main[warp_index()] = origin_.main, memory_.other[warp_index()] = origin_.other;
       memory_.origin[warp_index()] = origin_;
     }
@@ -796,13 +811,13 @@ class RowReader {
     RowState<double>& state = memory_.made[0];
     if (lane_index() == 0) {
       bool any_misses = false;
-      for (int w = 0; w < kWarps; ++w) any_misses = any_misses || (!memory_.has_parked[w] && memory_.other_misses[w]);
+      for (int w = 0; w < kWarps; ++w) any_misses = any_misses || (!memory_.ended[w].has_parked && memory_.ended[w].misses);
       memory_.origin[kWarps] = origin;
       make_state<kReading>(&state, memory_.block_totals, memory_.origin[kWarps], memory_.temperature, any_misses);
       for (int w = 0; w < kWarps; ++w)
-        if (memory_.has_parked[w]) merge_apart(&state, &memory_.parked[w], memory_.temperature, kReverse);
+        if (memory_.ended[w].has_parked) merge_apart(&state, &memory_.parked[w], memory_.temperature, kReverse);
     }
-    take(chunk, state);
+    take(chunk(), state);
   }
 
   // Of the warps that have parked nothing: they share the centre.
@@ -810,7 +825,7 @@ class RowReader {
     Origin origin;
     bool any = false;
     for (int w = 0; w < kWarps; ++w) {
-      if (memory_.has_parked[w]) continue;
+      if (memory_.ended[w].has_parked) continue;
       if (!any) origin.set_centre_of(memory_.origin[w]);
       any = true;
       if (origin.main < memory_.main[w]) origin.main = memory_.main[w];
@@ -824,7 +839,6 @@ class RowReader {
   const Temperature t_;
   Origin origin_;
   Sums sums_;
-  bool parked_ = false;
   Way way_;
 };
 

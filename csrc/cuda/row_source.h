@@ -1,8 +1,8 @@
 // Columns of a row of logits, a few per thread, on their way from memory to floats.
 //
 // A step of a block is a tile of kTile columns. Which thread takes which columns of it depends on the dtype alone, not on
-// where the row lies in memory, so that a row gives the same bits wherever it lies. A row that begins on a multiple of 16
-// bytes is read in loads of 16; another one element by element, from the first cache; so is what is left at a row's end.
+// where the row lies in memory, so that a row gives the same bits wherever it lies. Whole tiles are read in loads of 16
+// bytes (cuda/tile_ring.h); what is left at a row's end, and rows of two dtypes that are not aligned, element by element.
 #pragma once
 
 #include "arguments/rows.h"
@@ -12,6 +12,7 @@ namespace lsc {
 namespace LSC_ISA {
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+constexpr int kBlocksAtOnce = 4;  // on a multiprocessor: 128 registers a thread
 constexpr int kColumns = 8;  // of a thread, in a tile
 constexpr int kTile = kThreads * kColumns;
 
@@ -52,6 +53,9 @@ inline constexpr int kStages<BFloat16> = kStageBytes / (kThreads * 16);
 template <>
 inline constexpr int kStages<Half> = kStageBytes / (kThreads * 16);
 
+// Words of 16 bytes that lie behind those of a warp's threads: of each warp, group and tile.
+constexpr int kBehindBytes = kStageBytes / kWarp;
+
 LSC_DEVICE unsigned char* staged_group(unsigned char* stage, int group) {
   return stage + (group * kThreads + int(thread_index())) * 16;
 }
@@ -66,6 +70,22 @@ LSC_DEVICE void copy_group(const T* row, int64_t column, int64_t end, bool wide,
 #pragma unroll
     for (int i = 0; i < kCount; ++i) group[i] = column + i < end ? row[column + i] : excluded<T>();
   }
+}
+
+// The 16 bytes that begin `bytes`, a multiple of kUnit below 16, into `first` or end so many into `second`: 16 aligned bytes each.
+template <int kUnit>
+LSC_DEVICE Words4 words_within(const unsigned char* first, const unsigned char* second, unsigned bytes) {
+  uint32_t words[8];
+  memcpy(words, __builtin_assume_aligned(first, 16), 16), memcpy(words + 4, __builtin_assume_aligned(second, 16), 16);
+#pragma unroll
+  for (int i = 0; i < 6; ++i) words[i] = bytes & 8 ? words[i + 2] : words[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) words[i] = bytes & 4 ? words[i + 1] : words[i];
+  if constexpr (kUnit < 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = shift_down(words[i], words[i + 1], bytes % 4 * 8);
+  }
+  return {words[0], words[1], words[2], words[3]};
 }
 
 // A whole tile of a row that is aligned. `from` is the thread's first group of it.

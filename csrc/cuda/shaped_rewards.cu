@@ -100,7 +100,7 @@ LSC_COLD void end_token(SequenceMemory& memory, const FromLogits& a) {
 }
 
 template <typename T, Reading kReading>
-LSC_KERNEL(kThreads, kBlocksAtOnce<T>) shaped_from_logits(LSC_ARGUMENT FromLogits a) {
+LSC_KERNEL(kThreads, kBlocksAtOnce) shaped_from_logits(LSC_ARGUMENT FromLogits a) {
   RowMemory& memory = block_memory<RowMemory>();
   const Sequences& in = a.sequences;
   const int64_t length = in.placing.length;

@@ -206,12 +206,8 @@ LSC_DEVICE bool token_row(ReaderMemory& memory, const TokenForward& a, int64_t r
   return end_row<kReading>(memory, a);
 }
 
-// On a multiprocessor: as many as leave each thread the registers it needs.
-template <typename T>
-constexpr int kBlocksAtOnce = std::is_same_v<T, Mixed> ? 3 : 4;
-
 template <typename T, Reading kReading>
-LSC_KERNEL(kThreads, kBlocksAtOnce<T>) token_forward(LSC_ARGUMENT TokenForward a) {
+LSC_KERNEL(kThreads, kBlocksAtOnce) token_forward(LSC_ARGUMENT TokenForward a) {
   const int64_t row = row_of_block(a.blocks_per_row);
   token_row<T, kReading>(block_memory<ReaderMemory>(), a, row, counted(a.rows, row));
 }
@@ -276,9 +272,38 @@ LSC_DEVICE void column_gradient(float x, float y, const ColumnCoefficients& c, f
   }
 }
 
+// Whole tiles of a row that is not aligned: each lane but the first stores the aligned words in which its columns begin, with the last
+// columns of the lane before it. What is left at both ends of a warp's columns makes one group, an element a lane.
+template <typename T>
+LSC_DEVICE void write_shifted(T* row, int64_t tile, const float (&values)[kColumns], unsigned char* exchange) {
+  const int bytes = int(reinterpret_cast<uintptr_t>(row) % 16), before = bytes / int(sizeof(T)), lane = int(lane_index());
+#pragma unroll
+  for (int first = 0; first < kColumns; first += kGroup<T>) {
+    T group[kGroup<T>];
+#pragma unroll
+    for (int i = 0; i < kGroup<T>; ++i) from_float(values[first + i], &group[i]);
+    memcpy(__builtin_assume_aligned(staged_group(exchange, first / kGroup<T>), 16), group, 16);
+  }
+  sync_warp();
+#pragma unroll
+  for (int first = 0; first < kColumns; first += kGroup<T>) {
+    const unsigned char* own = staged_group(exchange, first / kGroup<T>);
+    T* const group = row + column_of<T>(tile, first);
+    if (lane > 0) store_once(group - before, words_within<sizeof(T)>(own - 16, own, unsigned(16 - bytes)));
+    if (lane < kGroup<T>) {
+      const int away = (lane < kGroup<T> - before ? 0 : kWarp - 1) - lane;  // the lane that has it
+      group[away * kGroup<T> + lane] = reinterpret_cast<const T*>(own + away * 16)[lane];
+    }
+  }
+  sync_warp();
+}
+
 // The thread's columns of one tile, stored as they were read.
 template <typename T, typename Out>
-LSC_DEVICE void write_columns(Out* row, int64_t tile, int64_t end, bool wide, const float (&values)[kColumns]) {
+LSC_DEVICE void write_columns(Out* row, int64_t tile, int64_t end, bool wide, const float (&values)[kColumns], unsigned char* exchange) {
+  if constexpr (std::is_same_v<T, Out>) {
+    if (!wide && tile + kTile <= end) return write_shifted(row, tile, values, exchange);
+  }
 #pragma unroll
   for (int first = 0; first < kColumns; first += kGroup<T>) {
     Out group[kGroup<T>];
@@ -306,15 +331,16 @@ class RowSink {
       : dtype_(dtype), row_(gradient ? static_cast<char*>(gradient) + row * vocabulary * size() : nullptr),
         wide_(reinterpret_cast<uintptr_t>(row_) % (kGroup<T> * size()) == 0) {}
 
-  LSC_DEVICE void write(int64_t tile, int64_t end, const float (&values)[kColumns]) const {
+  // Warps exchange their columns in a tile's place of the ring, which is free.
+  LSC_DEVICE void write(int64_t tile, int64_t end, const float (&values)[kColumns], unsigned char* exchange) const {
     if (!row_) return;
     if constexpr (!std::is_same_v<T, Mixed>) {
-      write_columns<T>(reinterpret_cast<T*>(row_), tile, end, wide_, values);
+      write_columns<T>(reinterpret_cast<T*>(row_), tile, end, wide_, values, exchange);
     } else {
       switch (dtype_) {
-        case DType::float32: return write_columns<T>(reinterpret_cast<float*>(row_), tile, end, wide_, values);
-        case DType::bfloat16: return write_columns<T>(reinterpret_cast<BFloat16*>(row_), tile, end, wide_, values);
-        case DType::float16: return write_columns<T>(reinterpret_cast<Half*>(row_), tile, end, wide_, values);
+        case DType::float32: return write_columns<T>(reinterpret_cast<float*>(row_), tile, end, wide_, values, exchange);
+        case DType::bfloat16: return write_columns<T>(reinterpret_cast<BFloat16*>(row_), tile, end, wide_, values, exchange);
+        case DType::float16: return write_columns<T>(reinterpret_cast<Half*>(row_), tile, end, wide_, values, exchange);
       }
     }
   }
@@ -341,8 +367,6 @@ LSC_DEVICE void write_gradients(
   ring.begin_at(0);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     float x[kColumns], y[kColumns] = {}, policy_gradient[kColumns], ref_gradient[kColumns];
-    ring.wait();
-    ring.copy_next();
     ring.unpack(0, x);
     if constexpr (kReference) ring.unpack(1, y);
 #pragma unroll
@@ -354,15 +378,15 @@ LSC_DEVICE void write_gradients(
         policy_gradient[i] = c.policy_action, ref_gradient[i] = c.ref_action;
       }
     }
-    to_policy.write(tile, end, policy_gradient);
-    if constexpr (kReference) to_ref.write(tile, end, ref_gradient);
+    to_policy.write(tile, end, policy_gradient, ring.exchange());
+    if constexpr (kReference) to_ref.write(tile, end, ref_gradient, ring.exchange());
     ring.pass();
   }
   ring.wait_for_all();
 }
 
 template <typename T, bool kPair>
-LSC_KERNEL(kThreads, 4) token_backward(LSC_ARGUMENT TokenBackward a) {
+LSC_KERNEL(kThreads, kBlocksAtOnce) token_backward(LSC_ARGUMENT TokenBackward a) {
   BackwardMemory& memory = block_memory<BackwardMemory>();
   const int64_t row = row_of_block(a.blocks_per_row), part = part_of_block(a.blocks_per_row);
   const TokenRows& rows = a.rows;
@@ -375,8 +399,8 @@ LSC_KERNEL(kThreads, 4) token_backward(LSC_ARGUMENT TokenBackward a) {
     float values[kColumns];
     for (float& each : values) each = counted(rows, row) ? NAN : 0.0f;
     for (int64_t tile = begin; tile < end; tile += kTile) {
-      to_policy.write(tile, end, values);
-      to_ref.write(tile, end, values);
+      to_policy.write(tile, end, values, memory.ring.stages[0]);
+      to_ref.write(tile, end, values, memory.ring.stages[0]);
     }
     return;
   }
