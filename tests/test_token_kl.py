@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import _tolerances as tolerances
 import _truth as truth
@@ -99,6 +100,19 @@ class TestValues:
             policy, ref, actions = inputs(generator, regime, rows_for(vocabulary), vocabulary, dtype)
             for kl in some(generator, ("k3", "full", "full_reverse")):
                 check_token_kl(policy, ref, actions, kl=kl, name=f"{regime} V={vocabulary} {dtype} {kl}")
+
+    @pytest.mark.parametrize("kl", ["k1", "full", "full_reverse"])
+    def test_largest_logit_unlike_the_others_and_one_more_like_it(
+        self, backend: str, generator: Generator, kl: str
+    ) -> None:
+        """The largest logit's log ratio is no centre, for all that one more column is near it."""
+        policy = 0.1 * torch.randn(32, 240, generator=generator)
+        policy[:, 3], policy[:, 70] = 0.5, policy.logsumexp(-1) + math.log(0.0014)
+        ref = policy + 1e-5 * torch.randn(32, 240, generator=generator)
+        ref[:, 3] += 0.68
+        ref[:, 70] += 0.8
+        for dtype in DTYPES[:2]:
+            check_token_kl(policy.to(dtype), ref.to(dtype), torch.arange(32), kl=kl, name=f"{kl} {dtype}")
 
     @pytest.mark.parametrize("backend", ["native", "cuda-emulated"], indirect=True)
     @pytest.mark.parametrize("regime", REGIMES)
@@ -639,6 +653,38 @@ class TestInfinities:
             check_token_kl(sure, without, actions, kl=kl, name=kl)
             check_token_kl(without, sure, actions, kl=kl, name=f"in the policy {kl}")
         check_token_kl(without, sure, actions, kl="full_reverse", name="in the policy full_reverse")
+
+    @pytest.mark.parametrize("shift", [0.0, 300.0])
+    @pytest.mark.parametrize(("part", "vocabulary"), [(3000, 9000), (33000, 40000)])
+    def test_first_part_missing_with_little_weight(
+        self, backend: str, generator: Generator, part: int, vocabulary: int, shift: float
+    ) -> None:
+        """What the first columns lack leaves the others as near as they are, wherever those lie."""
+        policy, ref, actions = self.rows(generator, vocabulary)
+        first = torch.arange(vocabulary) < part
+        policy = policy - 20 * first
+        near = (policy + 0.1 * (ref - policy) - shift).masked_fill(first, -torch.inf)
+        for temperature in (1.0, 0.7):
+            name = f"T={temperature}"
+            check_token_kl(policy, near, actions + part, kl="k1", temperature=temperature, name=name)
+            check_token_kl(
+                near, policy, actions + part, kl="k1", temperature=temperature, name=f"in the policy {name}"
+            )
+
+    def test_masked_with_the_lowest_number_beside_columns_that_one_model_has(
+        self, backend: str, generator: Generator
+    ) -> None:
+        """Columns without weight that are the largest of a tile: of one model, and nothing to the other."""
+        policy, ref, actions = self.rows(generator, 4500)
+        lowest, column = torch.finfo(torch.float32).min, torch.arange(4500)
+        sure = policy.masked_fill((column >= 30) & (column < 3000), lowest)
+        without = ref.masked_fill((column >= 30) & (column < 3000), lowest).masked_fill(column < 30, -torch.inf)
+        for end in (3000, 4500):
+            for temperature in (1.0, 0.1):
+                for kl in ("k1", "full", "full_reverse"):
+                    x, y, name = sure[:, :end], without[:, :end], f"{kl} T={temperature} to {end}"
+                    check_token_kl(x, y, actions, kl=kl, temperature=temperature, name=name)
+                    check_token_kl(y, x, actions, kl=kl, temperature=temperature, name=f"in the policy {name}")
 
     def test_tiny_probability_where_the_reference_has_none(self, backend: str) -> None:
         """p > 0, if only 1e-35 of the largest: +inf, as in exact arithmetic."""

@@ -55,6 +55,8 @@ constexpr float kPlainCentre = 4;
 constexpr float kFar = 0.5f;
 // The centre is 0 then: x - y is rounded in its own size, which may not be much more than the KL.
 constexpr double kFarCentre = 16;
+// So many nats may the other model's sum be above what the main one's says of it.
+constexpr double kLevelDistance = 20;
 // A sum of weights that is as small has some that a float does not hold.
 constexpr double kFaint = 0x1p-20;
 // A maximum below all logits that are not -inf.
@@ -660,8 +662,15 @@ class RowReader {
     origin_.main = float(parked.main_scale);
     origin_.other = parked.other_S > 0 ? float(parked.other_scale) : kUnseen;
     const double spread = memory_.temperature * std::sqrt(2 * (parked.A > 0 ? parked.A : 0) / parked.S);
-    const double plain = kPlainCentre * fmin(spread, double(memory_.spread[warp_index()]));
-    origin_.set_centre(parked.centre, std::fabs(parked.centre) <= plain, memory_.temperature);
+    const double plain = kPlainCentre * fmin(spread, double(memory_.spread[warp_index()])), centre = level(parked.centre);
+    origin_.set_centre(centre, std::fabs(centre) <= plain, memory_.temperature);
+  }
+
+  // A centre of the origin's maxima: this one, unless columns that are small about it may have weight in the other model, and in the
+  // main one less than a float holds.
+  LSC_DEVICE double level(double centre) const {
+    const double distance = scale_distance<double>(origin_.main, origin_.other, centre, memory_.temperature);
+    return distance < kLevelDistance ? centre : centre_between(INFINITY, origin_.main, origin_.other);
   }
 
   // Block: the origin of a chunk, from its first tile.
@@ -787,7 +796,7 @@ class RowReader {
     if (!lost) return false;
     // the other model's sum will follow from weights that must not be too small for a float
     if (S < kFaint) origin_.main = float(origin_.main + memory_.temperature * std::log(S));
-    origin_.set_centre(centre, false, memory_.temperature);
+    origin_.set_centre(level(centre), false, memory_.temperature);
     sync_warp();
     if (lane_index() == 0) marks().has_parked = false;
     way_ = usual_way();

@@ -75,9 +75,20 @@ LSC_FN inline void rescale_other(RowState<Real>& row, Real to, Real temperature,
   row.other_scale = to;
 }
 
+// Whether the other model excludes every column that has weight in the main one: none has a log ratio then, and the centre says
+// nothing.
+template <typename Real>
+LSC_FN inline bool all_missing(const RowState<Real>& row) {
+  return row.other_S == 0 && row.D == 0 && row.B == -row.S;
+}
+
 template <typename Real>
 LSC_FN inline void recentre(RowState<Real>& row, Real to, Real temperature) {
   if (to == row.centre) return;
+  if (all_missing(row)) {
+    row.centre = to;
+    return;
+  }
   const Real g = (to - row.centre) / temperature;
   // with delta - g for delta; e^g A and not A + expm1(g) A, which loses what is left of an A that was e^-g times larger
   const Real e = std::expm1(g), power = std::exp(g);
@@ -100,6 +111,8 @@ constexpr double kFarthestMean = 16;
 // The weighted mean of x - y, where A loses least.
 template <typename Real>
 LSC_FN inline Real common_centre(const RowState<Real>& a, const RowState<Real>& b, Real temperature) {
+  if (all_missing(a)) return b.centre;
+  if (all_missing(b)) return a.centre;
   const Real heavier = a.S >= b.S ? a.centre : b.centre;
   const Real mean = (a.S * a.centre + b.S * b.centre + temperature * (a.D + b.D)) / (a.S + b.S);
   return std::fabs(mean - heavier) <= Real(kFarthestMean) * temperature ? mean : heavier;

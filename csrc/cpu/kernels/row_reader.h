@@ -182,6 +182,11 @@ struct Tile {
   float largest = 0;            // |delta|, where Two::none
   int large_pairs = 0;          // of vectors with large columns
 
+  // What its KL is left of: the series, the weights of the large columns in both models, w delta.
+  double cost() const {
+    const double W = row.S - small.S, V = row.B - (small.A - small.D) + W;
+    return small.A / row.S + W / row.S + V / (row.S + row.B) + std::fabs(row.D - small.D) / row.S;
+  }
   // Whether most of the weight is far from the centre.
   bool about_outlier() const { return series && small.S < 0.5 * row.S; }
 };
@@ -197,7 +202,8 @@ struct TileSums {
     row.main_scale = small.main_scale = origin.main_scale, row.centre = small.centre = origin.centre, row.other_scale = origin.other_scale;
     row.S = small.S = S.total(), row.D = small.D = D.total(), row.A = small.A = A.total(), row.B = row.A - row.D;
     row.other_S = scaled(row.S + row.B, origin.to_other), row.H = H.total();
-    if constexpr (kReverse) row.H = scaled(row.H, origin.to_other);
+    // without weight in the other model, its logits may be so far below the scale that a float sum of them is infinite
+    if constexpr (kReverse) row.H = origin.to_other == 0 ? 0 : scaled(row.H, origin.to_other);
     if (has_two) {
       const double w = W.total(), wd = WD.total(), v = V.total();
       const double expm1 = scaled(v, 1 / origin.to_other) - w;  // sum w expm1(-delta)
@@ -448,7 +454,8 @@ class RowReader {
     bring_to_common_scales(row_, tile.row, temperature_, kReverse);
     rescale_main<double>(small_, row_.main_scale, temperature_, false);
     rescale_main<double>(tile.small, row_.main_scale, temperature_, false);
-    include(row_.S > tile.row.S ? row_.centre : tile.row.centre, tile);
+    const bool of_row = !all_missing(row_) && (row_.S > tile.row.S || all_missing(tile.row));
+    include(of_row ? row_.centre : tile.row.centre, tile);
     settle();
   }
 
@@ -461,7 +468,7 @@ class RowReader {
       const Origin there(origin.main_scale, origin.other_scale, origin.centre + temperature_ * away, temperature_);
       Tile again;
       add_as<Two::mixed>(x, y, n, there, Ratio::exact, again);
-      if (again.small.S >= 0.999 * small.S) tile = again;
+      if (again.small.S >= 0.999 * small.S || (again.small.S >= 0.5 * row.S && 2 * again.cost() < tile.cost())) tile = again;
     }
     choose(tile.large_pairs, n);
   }
