@@ -358,6 +358,8 @@ def problems(device: torch.device, quick: bool) -> Iterator[Problem]:
     yield from advantage_problems(device, 1024, 8192)
     for vocabulary, rows, dtype in itertools.product(VOCABULARIES, ROWS, _logits.DTYPES):
         yield from token_problems(device, rows, vocabulary, dtype)
+    # rows that do not begin on 16 bytes
+    yield from token_problems(device, ROWS[1], VOCABULARIES[0] + 1, torch.bfloat16)
 
 
 def named(problem: Problem) -> Row:

@@ -6,8 +6,9 @@ compiles the kernels with nvcc and Triton, writes instructions-ARCHITECTURE.json
 table. It says whether a kernel can keep the memory busy, and nothing of how long it takes.
 
 What a CUDA kernel's loop takes is the shortest way from the copy of a tile to the next one, in loads of 16 bytes, that
-goes through one vote and no other (forward), or through a store of 16 bytes (backward). Triton's is the shortest loop
-over groups of tiles.
+goes through one vote and no other (forward), or through a store of 16 bytes (backward). Rows that begin anywhere go
+through the block's memory besides, where their words are moved into place. Triton's is the shortest loop over groups of
+tiles.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from _measure import commit  # noqa: E402
 COLUMNS = 8  # of a thread, in a tile
 EXPONENTIAL, VOTE = r"MUFU\.EX2", r"VOTE\.ANY P"
 COPY, STORE = r"LDGSTS\.E\.BYPASS\.128", r"STG\.E\.EF\.128"
+# The last lane's copy of the words behind its own; where words in the block's memory are stored again.
+COPY_BEHIND, MOVE = rf"{COPY} .*\.64\+0x10\]", r"STS\.128"
 TYPES = {"float32": "f", "bfloat16": "NS0_8BFloat16E"}
 
 
@@ -153,8 +156,25 @@ def loops_of_one_vote(code: Code) -> list[list[int]]:
     return found
 
 
+def nearest(code: Code, begin: int, pattern: str) -> int:
+    paths = {i: path for i in code.find(pattern) if (path := code.path(begin, i))}
+    return min(paths, key=lambda i: len(paths[i]))
+
+
+def rows_anywhere(code: Code) -> dict[str, int]:
+    """The usual way of :func:`loops_of_one_vote` where rows do not begin on 16 bytes."""
+    copies, votes = code.find(COPY_BEHIND), code.find(VOTE)
+    rounds = (
+        code.round_trip(copy, nearest(code, copy, MOVE), vote, without=set(votes) - {vote})
+        for copy in copies
+        for vote in votes
+    )
+    loops = [len(loop) for loop in rounds if loop and code.exponentials(loop) == COLUMNS]
+    return {"usual, rows anywhere": min(loops)}
+
+
 def one_model(code: Code) -> dict[str, int]:
-    return {"usual": min(map(len, loops_of_one_vote(code)))}
+    return {"usual": min(map(len, loops_of_one_vote(code)))} | rows_anywhere(code)
 
 
 def two_models(code: Code) -> dict[str, int]:
@@ -163,7 +183,8 @@ def two_models(code: Code) -> dict[str, int]:
     loops = loops_of_one_vote(code)
     far = min(len(loop) for loop in loops if code.exponentials(loop) == 2 * COLUMNS)
     usual, exact, *_ = sorted(len(loop) for loop in loops if code.exponentials(loop) == COLUMNS)
-    return {"usual": usual, "exact difference": exact, "models far apart": far}
+    ways = {"usual": usual, "exact difference": exact, "models far apart": far}
+    return ways | rows_anywhere(code)
 
 
 def backward_ways(code: Code) -> dict[str, int]:

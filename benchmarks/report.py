@@ -196,7 +196,8 @@ Counted in machine code, without a GPU: what a thread does for 8 columns of a ro
 them; a pair of columns counts as one where there are two models. They say whether the memory can be kept busy, and
 are no times. For 92% of the copy bandwidth of an H200 (4.3 TB/s), a warp's scheduler has 240 to 270 cycles for 8
 columns of two models in bf16, by its clock; twice that in fp32, half of it for one model. *Usual* is a tile in which
-no log ratio is large; *exact difference* one about a centre that is large beside them.
+no log ratio is large; *exact difference* one about a centre that is large beside them; *rows anywhere*, those that do
+not begin on 16 bytes, as most rows of an odd vocabulary.
 
 """
 

@@ -678,13 +678,17 @@ class TestInfinities:
         policy, ref, actions = self.rows(generator, 4500)
         lowest, column = torch.finfo(torch.float32).min, torch.arange(4500)
         sure = policy.masked_fill((column >= 30) & (column < 3000), lowest)
-        without = ref.masked_fill((column >= 30) & (column < 3000), lowest).masked_fill(column < 30, -torch.inf)
+        without = ref.masked_fill((column >= 30) & (column < 3000), lowest).masked_fill(
+            column < 30, -torch.inf
+        )
         for end in (3000, 4500):
             for temperature in (1.0, 0.1):
                 for kl in ("k1", "full", "full_reverse"):
                     x, y, name = sure[:, :end], without[:, :end], f"{kl} T={temperature} to {end}"
                     check_token_kl(x, y, actions, kl=kl, temperature=temperature, name=name)
-                    check_token_kl(y, x, actions, kl=kl, temperature=temperature, name=f"in the policy {name}")
+                    check_token_kl(
+                        y, x, actions, kl=kl, temperature=temperature, name=f"in the policy {name}"
+                    )
 
     def test_tiny_probability_where_the_reference_has_none(self, backend: str) -> None:
         """p > 0, if only 1e-35 of the largest: +inf, as in exact arithmetic."""

@@ -14,9 +14,13 @@
 namespace lsc {
 namespace LSC_ISA {
 
+struct ModelRing {
+  alignas(16) unsigned char stages[kStageBytes];
+  alignas(16) unsigned char behind[kBehindBytes];
+};
+
 struct RingMemory {
-  alignas(16) unsigned char stages[2][kStageBytes];
-  alignas(16) unsigned char behind[2][kBehindBytes];
+  ModelRing models[2];
   alignas(16) unsigned char sources[2][16];
   int64_t begin, end;
   int shifted_tiles;  // that are copied in words of 16 bytes and moved into place
@@ -89,10 +93,10 @@ class TileRing {
   static constexpr unsigned kTileBytes = kStageBytes / kStages<T>;
 
   LSC_DEVICE RowSource<T>& source(int model) const { return *reinterpret_cast<RowSource<T>*>(memory_.sources[model]); }
-  LSC_DEVICE unsigned char* staged(int model) const { return memory_.stages[model] + stage_; }
+  LSC_DEVICE unsigned char* staged(int model) const { return memory_.models[model].stages + stage_; }
   // The 16 bytes behind those of a warp's lanes.
   LSC_DEVICE unsigned char* behind(int model, unsigned group) const {
-    return memory_.behind[model] + (stage_ + (group * kThreads + thread_index()) * 16) / (kWarp * 16) * 16;
+    return memory_.models[model].behind + (stage_ + (group * kThreads + thread_index()) * 16) / (kWarp * 16) * 16;
   }
 
   // The tile that is copied next.
@@ -119,11 +123,12 @@ class TileRing {
   // The aligned words that hold a tile's columns.
   LSC_DEVICE void copy_shifted(const T* first, int model) {
     if constexpr (kWords) {
-      const T* const words = first + int64_t(copied_) * kTile - bytes_behind(first) / sizeof(T);
-      copy_wide(words, staged(model));
+      const uintptr_t address = reinterpret_cast<uintptr_t>(first);
+      const auto* words = reinterpret_cast<const unsigned char*>(address - address % 16) + int64_t(copied_) * int(kTile * sizeof(T));
 #pragma unroll
-      for (int i = 0; i < kColumns / kGroup<T>; ++i) {
-        copy_async_if(lane_index() == kWarp - 1, behind(model, i), words + (i * kThreads + 1) * kGroup<T>);
+      for (int i = 0; i < kColumns / kGroup<T>; ++i, words += kThreads * 16) {
+        copy_async<16>(staged_group(staged(model), i), words);
+        copy_async_if(lane_index() == kWarp - 1, behind(model, i), words + 16);
       }
     }
   }

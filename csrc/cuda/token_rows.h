@@ -399,8 +399,8 @@ LSC_KERNEL(kThreads, kBlocksAtOnce) token_backward(LSC_ARGUMENT TokenBackward a)
     float values[kColumns];
     for (float& each : values) each = counted(rows, row) ? NAN : 0.0f;
     for (int64_t tile = begin; tile < end; tile += kTile) {
-      to_policy.write(tile, end, values, memory.ring.stages[0]);
-      to_ref.write(tile, end, values, memory.ring.stages[0]);
+      to_policy.write(tile, end, values, memory.ring.models[0].stages);
+      to_ref.write(tile, end, values, memory.ring.models[0].stages);
     }
     return;
   }

@@ -55,7 +55,8 @@ LSC_FN inline Real scale_distance(Real main_scale, Real other_scale, Real centre
 // sum e^(l - from) (l - from) brought to another scale
 template <typename Real>
 LSC_FN inline Real rescaled_entropy_sum(Real H, Real S, Real shift) {
-  return scaled(H + scaled(S, shift), std::exp(shift));
+  // where no weight is left, nor is what H kept of it: another scale may be far below
+  return S == 0 ? Real(0) : scaled(H + scaled(S, shift), std::exp(shift));
 }
 
 template <typename Real>

@@ -117,7 +117,8 @@ def _common_scale(a, S_a, b, S_b):
 @triton.jit
 def _entropy_sum(H, S, shift):
     """sum e^(l - from) (l - from) brought to another scale."""
-    return scaled(H + scaled(S, shift), tl.exp(shift))
+    # where no weight is left, nor is what H kept of it: another scale may be far below
+    return tl.where(S == 0, 0.0, scaled(H + scaled(S, shift), tl.exp(shift)))
 
 
 @triton.jit
