@@ -163,10 +163,11 @@ def nearest(code: Code, begin: int, pattern: str) -> int:
 
 def rows_anywhere(code: Code) -> dict[str, int]:
     """The usual way of :func:`loops_of_one_vote` where rows do not begin on 16 bytes."""
-    copies, votes = code.find(COPY_BEHIND), code.find(VOTE)
+    moves = {copy: nearest(code, copy, MOVE) for copy in code.find(COPY_BEHIND)}
+    votes = code.find(VOTE)
     rounds = (
-        code.round_trip(copy, nearest(code, copy, MOVE), vote, without=set(votes) - {vote})
-        for copy in copies
+        code.round_trip(copy, move, vote, without=set(votes) - {vote})
+        for copy, move in moves.items()
         for vote in votes
     )
     loops = [len(loop) for loop in rounds if loop and code.exponentials(loop) == COLUMNS]
