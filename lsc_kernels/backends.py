@@ -17,6 +17,7 @@ fp64 input is always served by ``eager``: that is the documented path for it, no
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from types import ModuleType
@@ -41,9 +42,9 @@ def _reason(backend: str, device_type: str) -> str | None:
     return None
 
 
-def _ops(backend: str, device_type: str) -> dict[str, ModuleType]:
+def _modules(backend: str) -> dict[str, ModuleType]:
     if backend == "native":
-        return native.ops(device_type)
+        return native.OPS
     return triton.ops() if backend == "triton" else eager.OPS
 
 
@@ -94,11 +95,7 @@ def set_backend(name: str) -> None:
                 f"backend {name!r} is not available here ({reasons}). `lsc-kernels info` says how to get it."
             )
     _choice, _environment_error = name, native.MISCONFIGURED
-    _serving.clear()
-    if name != "auto":
-        for device in ("cpu", "cuda"):
-            if available[device][name] == "available":
-                _serving[device] = _ops(name, device)
+    _decide.cache_clear()
 
 
 def get_backend() -> str:
@@ -136,36 +133,39 @@ def select(op: str, tensor: torch.Tensor, *operands: object) -> ModuleType:
         if isinstance(operand, torch.Tensor) and operand.dtype is torch.float64:
             return eager.OPS[op]
     device_type = "cpu" if tensor.is_cpu else tensor.device.type
-    if device_type not in _serving:
-        _decide(device_type)
-    kernels = _serving[device_type].get(op)
-    if kernels is not None:
-        return kernels
+    backend = _serving(op, device_type, _choice)
+    if backend is not None:
+        return _modules(backend)[op]
     if not torch.compiler.is_compiling():
         _warn_fallback(op, device_type)
     return eager.OPS[op]
 
 
-_serving: dict[str, dict[str, ModuleType]] = {}
-"""The modules that serve a device, as decided at the first call on it. An op that is missing falls back to eager."""
+def _serving(op: str, device_type: str, choice: str) -> str | None:
+    return _decide(op, device_type, choice)
 
 
-def _decide(device_type: str) -> None:
-    """Choose a device's backend; a name that was asked for and does not serve it is an error."""
-    if _choice != "auto":
-        reason = _reason(_choice, device_type)
-        if reason is not None:
+# torch.compile takes the answer and does not trace how it is found, which asks the driver and imports triton.
+_serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _decide(op: str, device_type: str, choice: str) -> str | None:
+    """The backend that serves an op on a device; None where that is eager, in place of kernels that are not there.
+
+    A name that was asked for and does not serve the device is an error.
+    """
+    for backend in PREFERENCE.get(device_type, ()) if choice == "auto" else (choice,):
+        reason = _reason(backend, device_type)
+        if reason is None:
+            has_op = op in (native.ops(device_type) if backend == "native" else _modules(backend))
+            return backend if has_op and (backend, choice) != ("eager", "auto") else None
+        if choice != "auto":
             raise RuntimeError(
-                f"backend {_choice!r} does not serve {device_type} tensors: {reason}. "
+                f"backend {choice!r} does not serve {device_type} tensors: {reason}. "
                 "lk.set_backend('auto') lets the op choose."
             )
-        _serving[device_type] = _ops(_choice, device_type)
-        return
-    _serving[device_type] = {}
-    for backend in PREFERENCE.get(device_type, ()):
-        if backend != "eager" and _reason(backend, device_type) is None:
-            _serving[device_type] = _ops(backend, device_type)
-            break
+    return None
 
 
 _warned: set[tuple[str, str]] = set()

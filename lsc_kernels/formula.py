@@ -40,7 +40,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
 from numbers import Real
@@ -78,12 +78,18 @@ class Formula:
         True
     """
 
+    text: str = field(init=False, compare=False)
+    """What ``str`` says. torch.compile takes that for a constant, and a formula not in every version."""
+
     def __new__(cls, *_: object, **__: object) -> Formula:
         if cls in (Formula, _Several):
             raise TypeError(
                 "a formula is made by prop(name), at_least, weakest, & | ~, or Formula.parse(text)"
             )
         return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", str(self))
 
     def __and__(self, other: object) -> Formula:
         return _joined(AllOf, "&", self, other)
@@ -636,7 +642,7 @@ def compile_formula(formula: object, names: tuple[str, ...] | None) -> Compiled:
     """
     if not isinstance(formula, (str, Formula)):
         raise TypeError(f"formula must be a formula, a string or None; got {type(formula).__name__}")
-    return _compile(formula, names)
+    return _compile(formula if isinstance(formula, str) else formula.text, names)
 
 
 # What torch.compiler.assume_constant_result does, without the two seconds in which it imports the compiler.
@@ -644,8 +650,8 @@ compile_formula._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
-def _compile(formula: str | Formula, names: tuple[str, ...] | None) -> Compiled:
-    parsed = Formula.parse(formula) if isinstance(formula, str) else formula
+def _compile(formula: str, names: tuple[str, ...] | None) -> Compiled:
+    parsed = Formula.parse(formula)
     columns: dict[int, Property] = {}
     for leaf in _leaves(parsed):
         column = _column(leaf.name, names)

@@ -25,6 +25,7 @@ from _reward_side import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lsc_kernels as lk
 from lsc_kernels.formula import Formula
@@ -637,6 +638,25 @@ def test_compile_with_formulas(backend: str, generator: Generator, formula: Form
         for n in (2, 4, 3)
     ]
     compile_once(lambda r, w: [lk.aggregate_rewards(r, 0.0, weights=w, formula=formula, names=names)], calls)
+
+
+def test_a_compiled_call_takes_formulas_by_what_they_say(generator: Generator) -> None:
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    call = torch.compile(
+        lambda r, formula: lk.aggregate_rewards(r, 0.0, formula=formula, names=("a", "b")),
+        fullgraph=True,
+        backend=counter,
+    )
+    scores = torch.randn(3, 2, generator=generator)
+    for formula, graphs in (
+        (lk.prop("a") & ~(lk.prop("b") ** 2), 1),
+        (lk.prop("a") & ~(lk.prop("b") ** 2), 1),
+        (lk.prop("a") & ~(lk.prop("b") ** 3), 2),
+        (lk.prop("a") | ~(lk.prop("b") ** 3), 3),
+    ):
+        expected = lk.aggregate_rewards(scores, 0.0, formula=formula, names=("a", "b"))
+        assert torch.equal(call(scores, formula), expected) and counter.frame_count == graphs
 
 
 @needs_native

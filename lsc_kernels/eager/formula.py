@@ -55,6 +55,9 @@ class Pair(NamedTuple):
     def complement(self) -> Pair:
         return Pair(self.bad, self.good)
 
+    def side(self, bad: bool) -> Tensor:
+        return self.bad if bad else self.good
+
 
 def log1mexp(a: Tensor) -> Tensor:
     """log(1 - e^a), a <= 0."""
@@ -201,7 +204,7 @@ def differentiate(node: Node, slope: Slope) -> Iterator[tuple[int, Slope]]:
     elif kind == Instruction.AT_LEAST:
         fewer = _exactly_fewer(least, [part.value for part in parts])
         for part, exactly in zip(parts, fewer, strict=True):
-            share = log_quotient(size + exactly + part.value[of_bad], p[of_bad])
+            share = log_quotient(size + exactly + part.value.side(of_bad), p.side(of_bad))
             yield from differentiate(part, Slope(share, of_bad, falls))
     else:
         which = _weakest([part.value for part in parts])

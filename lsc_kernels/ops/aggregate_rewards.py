@@ -68,7 +68,7 @@ def logic_of(
         _check_weights(weights, formula is not None)
     if formula is None:
         return Logic(None, None, weights)
-    compiled = compile_formula(formula, names)
+    compiled = compile_formula(formula.text if isinstance(formula, Formula) else formula, names)
     columns, last = scores.shape[-1], max(compiled.columns)
     if last >= columns:
         raise ValueError(

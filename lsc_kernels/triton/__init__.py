@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -68,7 +67,11 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-@functools.cache
+_OPS: dict[str, ModuleType] = {}
+
+
 def ops() -> dict[str, ModuleType]:
     """The modules by op; imports triton."""
-    return {name: importlib.import_module(f"lsc_kernels.triton.{name}") for name in NAMES}
+    if not _OPS:
+        _OPS.update((name, importlib.import_module(f"lsc_kernels.triton.{name}")) for name in NAMES)
+    return _OPS
