@@ -189,15 +189,6 @@ def add(slow: Function) -> Function:
     return quick
 
 
-def negative(slow: Function) -> Function:
-    def quick(self: Any) -> Any:
-        if self.dtype.name in FLOATS:
-            return made(0 - self.handle.data, self.dtype, self)
-        return slow(self)
-
-    return quick
-
-
 def logical(function: Function) -> Shortcut:
     def around(slow: Function) -> Function:
         def quick(self: Any, other: Any) -> Any:
@@ -383,7 +374,6 @@ SHORTCUTS: dict[Any, dict[str, Shortcut]] = {
         "__add__": add,
         "__and__": logical(np.bitwise_and),
         "__or__": logical(np.bitwise_or),
-        "__neg__": negative,
         "to": to,
     },
     tl: {

@@ -357,7 +357,6 @@ def test_the_quick_interpreter_gives_the_same_bits(generator: Generator) -> None
     random.Random(generator.initial_seed()).shuffle(pairs)
     conditions, one = [each for each in tensors if each.dtype is tl.int1], tensors[0]
     given = {
-        "__neg__": [(a,) for a in tensors],
         **{name: [(a,) for a in tensors] for name in ("exp", "exp2", "log", "abs")},
         "to": [(a, dtype) for a in tensors for dtype in dtypes],
         "fma": [(*pair, third) for pair in pairs[:100] for third in (one, tensors[1], 0.5, 0.1)],

@@ -99,14 +99,13 @@ def _utility(
                 sequence, head_mask, head_mask_row, head_mask_step, head_index, head_index_stride, segments,
                 segment_stride, hidden_length, POOL,
             )  # fmt: skip
-            exact = tl.full([WEIGHTS], NAN, tl.float64)
-            if inner >= 0:
-                row = hidden + outer * hidden_outer + inner * hidden_inner
-                exact = dot_products(
-                    row, hidden_column, width, weight, weight_row, weight_column, bias, bias_stride, property_,
-                    known, WIDTH,
-                )  # fmt: skip
-            score = exact.to(tl.float32)
+            row = hidden + outer * hidden_outer + tl.maximum(inner, 0) * hidden_inner
+            # nowhere no column is read, instead of a branch around all of it: Triton 3.6 has no code for one on AMD
+            exact = dot_products(
+                row, hidden_column, tl.where(inner >= 0, width, 0), weight, weight_row, weight_column,
+                bias, bias_stride, property_, known, WIDTH,
+            )  # fmt: skip
+            score = tl.where(inner >= 0, exact, NAN).to(tl.float32)
             tl.store(new_scores + sequence * properties + property_, score, mask=known)
         if program is not None:
             # to the slots of their properties, without a way through memory that the program would have to wait for
