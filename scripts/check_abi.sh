@@ -7,7 +7,7 @@
 # A and B are what pip takes for torch (a version, a wheel file), or a Python that has torch and what the tests
 # import (pytest, hypothesis, mpmath). For the former, environments are made in build/abi and kept; on Linux
 # PyPI's torch brings gigabytes of CUDA, which PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids with
-# torch==2.13.0+cpu and the like. PYTEST_ARGS goes to pytest.
+# torch==2.13.0+cpu and the like. PYTEST_ARGS goes to pytest; emulated CUDA kernels are none of the wheel's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 read -ra pytest_args <<<"${PYTEST_ARGS:-}"
@@ -54,7 +54,7 @@ assert _C.__file__.startswith(os.environ["PYTHONPATH"]), f"use an environment wi
 assert lsc_kernels.backends()["cpu"]["native"] == "available", lsc_kernels.backends()
 print("built with the headers of torch", _C.build_info()["torch_headers"], "- loaded into torch", torch.__version__)
 PYTHON
-    "$2" -m pytest -q "${pytest_args[@]}" $kernel_tests
+    "$2" -m pytest -q -k "not emulated" "${pytest_args[@]}" $kernel_tests
   )
 }
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import _first_call
 import pytest
 import torch
 from torch import Tensor
@@ -151,25 +152,9 @@ def test_environment_variable_with_a_backend_that_is_not_there(name: str) -> Non
 
 @pytest.mark.parametrize("name", ["auto", "eager", "native", "triton"])
 def test_a_first_call_may_be_compiled(name: str) -> None:
-    """What is asked and imported at the first call is no part of the graph, nor of what torch.compile warns about."""
     if reason := {"native": native.UNAVAILABLE, "triton": triton.unavailable("cpu")}.get(name):
         pytest.skip(reason)
-    program = """if True:
-        import torch, lsc_kernels as lk
-        graphs = []
-        def count(graph, inputs):
-            graphs.append(graph)
-            return graph.forward
-        call = torch.compile(lambda *x: lk.token_logprobs(*x).logprobs, fullgraph=True, backend=count)
-        x = torch.randn(2, 5), torch.tensor([1, 2])
-        call(*x)
-        assert torch.equal(call(*x), lk.token_logprobs(*x).logprobs) and len(graphs) == 1
-        lk.set_backend("eager" if lk.get_backend() != "eager" else "auto")
-        call(*x)
-        assert len(graphs) == 2, "a choice of another backend was not followed"
-    """
-    result = python(program, LSC_KERNELS_BACKEND=name)
-    assert result.returncode == 0 and "Dynamo detected" not in result.stderr, result.stderr
+    _first_call.check("cpu", name)
 
 
 def test_auto_never_takes_the_interpreter() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import _first_call
 import pytest
 import torch
 from torch import Tensor
@@ -119,6 +120,10 @@ def test_torch_compile_records_graphs_of_few_long_rows(kernels: str) -> None:
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()
         assert torch.equal(compiled(x, y, actions), expected)
+
+
+def test_a_first_call_may_be_compiled() -> None:
+    _first_call.check("cuda", "auto")
 
 
 def test_nothing_waits_for_the_device(kernels: str) -> None:
