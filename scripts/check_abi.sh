@@ -23,7 +23,8 @@ environment() {
   local venv="$PWD/build/abi/$(basename "$1")"
   if [ ! -e "$venv/.complete" ]; then
     "${PYTHON:-python3}" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet "$1" numpy pytest hypothesis mpmath >&2
+    # the interpreter of Triton 3.6, which torch 2.11 brings, does not work with a newer numpy
+    "$venv/bin/python" -m pip install --quiet "$1" 'numpy<2.4' pytest hypothesis mpmath >&2
     touch "$venv/.complete"
   fi
   echo "$venv/bin/python"

@@ -550,9 +550,8 @@ def read_chunk(
                         limit = top + jump
                         if centred == 0:
                             at_top = tl.min(tl.min(tl.where(x == top, column, end), 0), 0)
-                            difference = _load_one(main, at_top, main_step) - _load_one(
-                                other, at_top, other_step
-                            )
+                            x_top, y_top = at(main, at_top, main_step), at(other, at_top, other_step)
+                            difference = x_top.to(tl.float64) - y_top.to(tl.float64)
                             # of a model that is -inf so far: a centre about which no column is small
                             between = top.to(tl.float64) - other_m.to(tl.float64)
                             between = tl.where(other_limit > -INF, between, -LARGEST_CENTRE)
@@ -663,8 +662,9 @@ def read_chunk(
 
 
 @triton.jit
-def _load_one(pointer, column, step):
-    return tl.load(pointer + (column if step is None else column.to(tl.int64) * step)).to(tl.float64)
+def at(row, column, step):
+    """One logit, in fp32, which holds it exactly."""
+    return tl.load(row + (column if step is None else column.to(tl.int64) * step)).to(tl.float32)
 
 
 @triton.jit

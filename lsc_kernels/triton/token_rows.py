@@ -23,6 +23,7 @@ from lsc_kernels.triton.row_state import (
     NAN,
     SMALL_LOG_RATIO,
     RowState,
+    at,
     centred_difference,
     exp_scaled,
     expm1_remainder,
@@ -68,11 +69,6 @@ def row_pointer(data, outer, inner, outer_stride, inner_stride, ALIGNED: tl.cons
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
-
-
-@triton.jit
-def at(row, column, step):
-    return tl.load(row + (column if step is None else column.to(tl.int64) * step)).to(tl.float32)
 
 
 @triton.jit
