@@ -15,11 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import _driver
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from lsc_kernels.eager.gae import GaeOptions
 from lsc_kernels.eager.group_advantages import GroupOptions
@@ -28,87 +27,29 @@ from lsc_kernels.eager.masked_whiten import WhitenOptions
 from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide
 from lsc_kernels.eager.token_rewards import RewardOptions
 from lsc_kernels.formula import compile_formula
-from lsc_kernels.triton import aggregate_formula, ops
+from lsc_kernels.triton import ops
 from lsc_kernels.triton.kl import KINDS
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
-    torch.int64: "i64", torch.int32: "i32", torch.bool: "i1",
-}  # fmt: skip
 
-
-class Specialized:
-    """The arguments of a launch as Triton's compiler sees them: what it compiles once for."""
-
-    def __init__(self, kernel: Any, values: dict[str, Any]) -> None:
-        self.signature: dict[str, str] = {}
-        self.constants: dict[str, Any] = {}
-        self.attributes: dict[tuple[int], list[list[Any]]] = {}
-        for position, parameter in enumerate(kernel.params):
-            self._add(position, parameter, values[parameter.name])
-
-    def _add(self, position: int, parameter: Any, value: Any) -> None:
-        name, divisible = parameter.name, False
-        if (
-            parameter.is_constexpr
-            or value is None
-            or (not parameter.do_not_specialize and type(value) is int and value == 1)
-        ):
-            self.signature[name], self.constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            self.signature[name] = f"*{TYPES[value.dtype]}"
-            divisible = not parameter.do_not_specialize_on_alignment
-        elif isinstance(value, int):
-            self.signature[name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
-            divisible = not parameter.do_not_specialize and value % 16 == 0
-        else:
-            self.signature[name] = parameter.annotation_type
-        if divisible:
-            self.attributes[(position,)] = [["tt.divisibility", 16]]
-
-
-class Compiler:
-    """Stands in for ``launch``."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self.seen: set[str] = set()
-
-    def __call__(
-        self, kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **meta: Any
-    ) -> None:
-        options = {"enable_fp_fusion": False, "num_warps": meta.pop("num_warps", 4)}
-        registers = meta.pop("maxnreg", None)
-        if self.target.startswith("sm_"):
-            options["maxnreg"] = registers  # None: as many as it likes
-        values = {**dict(zip(kernel.arg_names, arguments, strict=False)), **meta}
-        found = Specialized(kernel, values)
-        key = repr(
-            (kernel.fn.__name__, found.signature, sorted(found.constants.items(), key=repr), found.attributes)
-        )
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        source = ASTSource(kernel, found.signature, found.constants, found.attributes)
-        compiled = triton.compile(source, target=TARGETS[self.target], options=options)
-        facts: dict[str, Any] = {"kernel": f"{kernel.fn.__module__.rsplit('.')[-1]}.{kernel.fn.__name__}"}
-        if "cubin" in compiled.asm:
-            facts |= resources(compiled.asm["cubin"])
-            if registers:  # what the kernel puts aside to fit in them counts where it is read all the time
-                groups = group_loops(compiled.asm["cubin"])
-                facts["spilled"] = max(
-                    sum("LDL" in line or "STL" in line for line in loop) for loop in groups
-                )
-                facts["group_instructions"] = sorted(len(loop) // values["GROUP"] for loop in groups)
-                facts["kind"] = None if values["KIND"] is None else KINDS[values["KIND"]]
-            facts["contracted"] = contracted(compiled.asm["ptx"])
-        print(json.dumps(facts), flush=True)
+def compile_and_tell(source: Any, target: Any, options: dict[str, Any]) -> Any:
+    """Stands in for ``triton.compile``, of which a launch asks what is not there yet."""
+    compiled = triton.compile(source, target=target, options=options)
+    kernel, constants = source.fn, source.constants
+    values = {kernel.arg_names[path[0]]: value for path, value in constants.items()}
+    facts: dict[str, Any] = {"kernel": f"{kernel.fn.__module__.rsplit('.')[-1]}.{kernel.fn.__name__}"}
+    assert not options["enable_fp_fusion"], "products and sums are contracted"
+    if target.backend == "cuda":
+        facts |= resources(compiled.asm["cubin"])
+        if options.get(
+            "maxnreg"
+        ):  # what the kernel puts aside to fit in them counts where it is read all the time
+            groups = group_loops(compiled.asm["cubin"])
+            facts["spilled"] = max(sum("LDL" in line or "STL" in line for line in loop) for loop in groups)
+            facts["group_instructions"] = sorted(len(loop) // values["GROUP"] for loop in groups)
+            facts["kind"] = None if values["KIND"] is None else KINDS[values["KIND"]]
+        facts["contracted"] = contracted(compiled.asm["ptx"])
+    print(json.dumps(facts), flush=True)
+    return compiled
 
 
 def report_on(cubin: bytes, *command: str) -> str:
@@ -247,9 +188,8 @@ def launch_advantages(modules: dict[str, Any], values: Tensor, rows: Tensor, mas
 
 
 def main(target: str, dtype: str, *kinds: str) -> None:
-    compiler = Compiler(target)
-    for module in (*ops().values(), aggregate_formula):
-        module.launch = compiler  # type: ignore[attr-defined]
+    _driver.use(target)
+    triton.compiler.compile = compile_and_tell
     launch_everything(getattr(torch, dtype), kinds)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -40,24 +39,21 @@ def chosen() -> Iterator[None]:
 class Launches(TorchLaunches):
     """The kernels that a GPU would be given: ours, and PyTorch's own."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, run: bool = True) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.ours: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.ours: list[Any] = []
         for module in triton.ops().values():
             if hasattr(module, "launch"):
-                monkeypatch.setattr(module, "launch", self._recorded(module.launch, run))
+                monkeypatch.setattr(module, "launch", self._recorded(module.launch))
         # these look at values, on the CPU only
         for name, module_name in (("check_actions", "token_kl"), ("_check_ids", "shaped_rewards")):
             monkeypatch.setattr(triton.ops()[module_name], name, lambda *_: None)
 
-    def _recorded(self, launch: Any, run: bool) -> Any:
-        def record(
-            kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **meta: Any
-        ) -> None:
-            self.ours.append((kernel, arguments, meta))
-            if run:
-                with torch.utils._python_dispatch._disable_current_modes():
-                    launch(kernel, grid, device, *arguments, **meta)
+    def _recorded(self, launch: Any) -> Any:
+        def record(kernel: Any, *arguments: Any, **meta: Any) -> None:
+            self.ours.append(kernel)
+            with torch.utils._python_dispatch._disable_current_modes():
+                launch(kernel, *arguments, **meta)
 
         return record
 
@@ -201,51 +197,29 @@ def test_a_sequence_is_the_same_bits_however_many_programs_share_it(
     check_last(alone)
 
 
-def specialization(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, ...]:
-    """What Triton compiles a kernel once for, from the marks of its decorator."""
-    marks = kernel.kwargs
-    unspecialized, unaligned = marks["do_not_specialize"], marks["do_not_specialize_on_alignment"]
-    found: list[Any] = [f"{kernel.fn.__module__}.{kernel.fn.__name__}", sorted(meta.items())]
-    for name, value in zip(inspect.signature(kernel.fn).parameters, arguments, strict=False):
-        annotation = kernel.fn.__annotations__.get(name, "")
-        if isinstance(value, Tensor):
-            found.append((name, value.dtype, name in unaligned or value.data_ptr() % 16 == 0))
-        elif annotation == "tl.constexpr" or value is None:
-            found.append((name, value))
-        elif isinstance(value, int):
-            kind = annotation or ("i32" if abs(value) < 2**31 else "i64")
-            found.append((name, kind, None if name in unspecialized else (value == 1, value % 16 == 0)))
-        else:
-            found.append((name, annotation))
-    return tuple(map(repr, found))
+def without_interpreter(name: str, *arguments: str, **environment: str) -> list[Any]:
+    """The lines of JSON that a program beside this file prints, in a process that does not interpret."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / name), *arguments],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(lk.__file__).parent.parent),
+            **environment,
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_fifty_lengths_compile_once(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fifty_lengths_compile_once() -> None:
     """Nothing that Triton specialises on changes with B or T, 1 and multiples of 16 included."""
-    with Launches(monkeypatch, run=False) as launches:
-        for length in range(1, 51):
-            batch = 1 + length % 4
-            arguments = chain(generator, batch, length, 33, dense=torch.zeros(batch, length))
-            lk.shaped_rewards(**{**arguments, "policy": arguments["policy"].requires_grad_()})
-            policy, ref, actions = (arguments[name].detach() for name in ("policy", "ref", "actions"))
-            lk.token_kl(policy.requires_grad_(), ref, actions).kl.sum().backward()
-            lk.token_logprobs(policy.requires_grad_(), actions).entropy.sum().backward()
-            scores, utility = normal(generator, batch, length, 3), normal(generator, batch)
-            lk.aggregate_rewards(scores, 0.0)
-            lk.lsc_transform(scores, 0.0)
-            lk.reward_head(arguments["hidden"], arguments["weight"], attention_mask=arguments["mask"])
-            logprobs = normal(generator, batch, length)
-            lk.token_rewards(utility, logprobs, arguments["mask"], beta=0.1)
-            lk.kl_from_logprobs(logprobs, logprobs)
-            values = logprobs.clone().requires_grad_()
-            lk.gae(logprobs, values, arguments["mask"])[0].sum().backward()
-            lk.masked_whiten(logprobs, arguments["mask"])
-            lk.group_advantages(utility, batch)
-            if length == 1:
-                first = {specialization(*launch) for launch in launches.ours}
-                assert len(first) == len(launches.ours) == 15, "each of these launches is a kernel of its own"
-    again = {specialization(*launch) for launch in launches.ours} - first
-    assert not again, f"compiled again: {sorted(again)[0]}"
+    ((first, again),) = without_interpreter("_lengths.py")
+    assert len(first) == len(set(first)) == 15, "each of these launches is a kernel of its own"
+    assert not again, f"compiled again: {again[0]}"
 
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -263,17 +237,9 @@ def compiled_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_ahead_of_time(compiled_before: Path, target: str, dtype: str) -> None:
-    program = [sys.executable, str(Path(__file__).parent / "_aot.py"), target, dtype, *KINDS[dtype]]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",  # a process of its own: this one interprets
-        "TRITON_CACHE_DIR": str(compiled_before),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(lk.__file__).parent.parent),
-    }
-    done = subprocess.run(program, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    facts = [json.loads(line) for line in done.stdout.splitlines()]
+    facts = without_interpreter(
+        "_aot.py", target, dtype, *KINDS[dtype], TRITON_CACHE_DIR=str(compiled_before)
+    )
     assert {fact["kernel"].split(".")[0] for fact in facts} >= {
         "aggregate_rewards", "gae", "group_advantages", "kl_from_logprobs", "lsc_transform", "masked_whiten",
         "reward_head", "shaped_rewards", "token_rewards", "token_rows",

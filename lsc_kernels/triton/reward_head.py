@@ -18,7 +18,6 @@ from torch import Tensor
 from lsc_kernels.eager.reward_head import check_inside, check_segments
 from lsc_kernels.triton._launch import launch, operator
 from lsc_kernels.triton.positions import NOWHERE, last_counted
-from lsc_kernels.triton.row_state import NAN
 from lsc_kernels.triton.token_kl import rows_of
 from lsc_kernels.triton.token_rewards import one_stride, two_strides
 from lsc_kernels.triton.token_rows import narrow
@@ -123,7 +122,7 @@ def _forward_kernel(
     for first in range(0, properties, WEIGHTS):
         property_ = (first + tl.arange(0, WEIGHTS)).to(tl.int64)
         known = property_ < properties
-        values = tl.full([WEIGHTS], 0.0 if POOL == EVERY else NAN, tl.float64)
+        values = tl.full([WEIGHTS], 0.0 if POOL == EVERY else float("nan"), tl.float64)
         if inner >= 0:
             row = hidden + outer * outer_stride + inner * inner_stride
             values = dot_products(

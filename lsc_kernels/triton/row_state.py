@@ -54,7 +54,6 @@ INF_BITS = tl.constexpr(0x7F800000)
 ABOVE = tl.constexpr(0x40000000)  # than half of any of them
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 class RowState(NamedTuple):
@@ -210,8 +209,8 @@ def b_minus_log1p(b):
 def summarise(row, temperature):
     """The state of a whole row as its logarithms and its KL."""
     # a row that is all -inf is no distribution
-    log_S = tl.where(row.S > 0, tl.log(row.S), NAN)
-    log_other_S = tl.where(row.other_S > 0, tl.log(row.other_S), NAN)
+    log_S = tl.where(row.S > 0, tl.log(row.S), float("nan"))
+    log_other_S = tl.where(row.other_S > 0, tl.log(row.other_S), float("nan"))
     direct = log_other_S - log_S - scale_distance(row.main_scale, row.other_scale, row.centre) / temperature
     b = row.B / row.S
     rest = b_minus_log1p(b)
@@ -224,8 +223,8 @@ def summarise(row, temperature):
     return RowSummary(
         log_S=log_S,
         log_other_S=log_other_S,
-        L=tl.where(undefined, NAN, L),
-        kl=tl.where(undefined, NAN, kl),
+        L=tl.where(undefined, float("nan"), L),
+        kl=tl.where(undefined, float("nan"), kl),
         near=near,
     )
 

@@ -34,7 +34,6 @@ from lsc_kernels.triton.log_sigmoid import Operand
 from lsc_kernels.triton.lsc_transform import has_floor, joined, operand, split
 from lsc_kernels.triton.positions import OUTSIDE, counted_at, placed
 from lsc_kernels.triton.reward_head import check_positions, dot_products, pooling, positions, scored_position
-from lsc_kernels.triton.row_state import NAN
 from lsc_kernels.triton.token_kl import (
     aligned,
     forward_options,
@@ -105,7 +104,7 @@ def _utility(
                 row, hidden_column, tl.where(inner >= 0, width, 0), weight, weight_row, weight_column,
                 bias, bias_stride, property_, known, WIDTH,
             )  # fmt: skip
-            score = tl.where(inner >= 0, exact, NAN).to(tl.float32)
+            score = tl.where(inner >= 0, exact, float("nan")).to(tl.float32)
             tl.store(new_scores + sequence * properties + property_, score, mask=known)
         if program is not None:
             # to the slots of their properties, without a way through memory that the program would have to wait for
@@ -216,7 +215,7 @@ def _logits_kernel(
         tl.store(utilities + sequence, utility.to(tl.float32))
         value = tl.where(position == place, value + clamp(utility, clip_low, clip_high), value)
     if length > 0:
-        tl.store(rewards + row, tl.where(place == OUTSIDE, NAN, value).to(tl.float32))
+        tl.store(rewards + row, tl.where(place == OUTSIDE, float("nan"), value).to(tl.float32))
 
 
 @triton.jit(
@@ -288,7 +287,7 @@ def _logprobs_kernel(
         own_dense = tl.load(dense + sequence * dense_row + position * dense_step, mask=counted, other=0.0)
     value = per_token(own_kl, dense if dense is None else own_dense, counted, beta, HAS_KL)
     value = tl.where(position == place, value + addition, value)
-    value = tl.where(place == OUTSIDE, NAN, value)
+    value = tl.where(place == OUTSIDE, float("nan"), value)
     tl.store(rewards + sequence * length + position, value.to(tl.float32), mask=inside)
 
 

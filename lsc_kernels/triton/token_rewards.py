@@ -17,7 +17,6 @@ from lsc_kernels.eager.token_rewards import RewardOptions, check_index
 from lsc_kernels.triton._launch import block, launch, operator
 from lsc_kernels.triton.kl import clamp
 from lsc_kernels.triton.positions import OUTSIDE, PLACEMENTS, counted_at, placed
-from lsc_kernels.triton.row_state import NAN
 from lsc_kernels.triton.token_rows import narrow
 
 BLOCK = block(1024)
@@ -64,7 +63,7 @@ def _forward_kernel(
     value = per_token(own_kl, own_dense, counted, beta, HAS_KL)
     own_utility = clamp(tl.load(utility + row * utility_stride).to(tl.float64), clip_low, clip_high)
     value = tl.where(position == place, value + own_utility, value)
-    value = tl.where(place == OUTSIDE, NAN, value)
+    value = tl.where(place == OUTSIDE, float("nan"), value)
     tl.store(rewards + row * length + position, value.to(tl.float32), mask=inside)
 
 

@@ -20,7 +20,6 @@ from lsc_kernels.triton.row_state import (
     CHUNK,
     INF,
     INTERPRETED,
-    NAN,
     SMALL_LOG_RATIO,
     RowState,
     at,
@@ -185,9 +184,9 @@ def finish_row(
     inside = (action >= 0) & (action < V)
     column = tl.where(inside, action, 0)
     x = at(policy, column, policy_step).to(tl.float64)
-    x = tl.where(inside, x, NAN)
+    x = tl.where(inside, x, float("nan"))
     own_scale, S, H = state.main_scale, state.S, state.H
-    log_S = tl.where(S > 0, tl.log(S), NAN)
+    log_S = tl.where(S > 0, tl.log(S), float("nan"))
     kl, ref_logprob, d = own_scale * 0, own_scale * 0, own_scale * 0
     if PAIR:
         summary = summarise(state, temperature)
@@ -202,16 +201,16 @@ def finish_row(
             if REVERSE:
                 alone = read_row_alone(policy, policy_step, V, temperature, GROUP, LANES)
                 own_scale, S, H = alone.main_scale, alone.S, alone.H
-                log_S = tl.where(S > 0, tl.log(S), NAN)
+                log_S = tl.where(S > 0, tl.log(S), float("nan"))
             else:
                 alone = read_row_alone(ref, ref_step, V, temperature, GROUP, LANES)
                 ref_scale = alone.main_scale
-                ref_log_S = tl.where(alone.S > 0, tl.log(alone.S), NAN)
+                ref_log_S = tl.where(alone.S > 0, tl.log(alone.S), float("nan"))
     logprob = (x - own_scale) / temperature - log_S
     entropy = log_S - H / S
     if PAIR:
         y = at(ref, column, ref_step).to(tl.float64)
-        y = tl.where(inside, y, NAN)
+        y = tl.where(inside, y, float("nan"))
         ref_logprob = (y - ref_scale) / temperature - ref_log_S
         # models that nearly agree are told by their difference, others by their log-probabilities; so is a column
         # that one of them masks with a number before which ref_logprob = logprob - d would be nothing
@@ -239,24 +238,24 @@ def finish_row(
             STRAIGHT_THROUGH,
             WEIGHTED,
         )
-        kl = tl.where(inside, value.kl, NAN)
+        kl = tl.where(inside, value.kl, float("nan"))
         ref_logprob = tl.where(by_difference, logprob - d, ref_logprob)
         tl.store(saved + REF_SCALE, ref_scale)
-        tl.store(saved + REF_LOG_S, tl.where(inside, ref_log_S, NAN))
+        tl.store(saved + REF_LOG_S, tl.where(inside, ref_log_S, float("nan")))
         tl.store(saved + CENTRE, centre)
         tl.store(saved + L, difference)
         tl.store(saved + OFFSET, difference + divergence if REVERSE else difference - divergence)
         tl.store(saved + DIVERGENCE, divergence)
         tl.store(saved + LOG_RATIO, d)
     tl.store(saved + SCALE, own_scale)
-    tl.store(saved + INVERSE_S, tl.where(inside, 1 / S, NAN))
+    tl.store(saved + INVERSE_S, tl.where(inside, 1 / S, float("nan")))
     tl.store(saved + MEAN_LOGIT, H / S)
     tl.store(saved + LOGPROB, logprob)
     return Token(
         kl=kl.to(tl.float32),
         logprob=logprob.to(tl.float32),
         ref_logprob=ref_logprob.to(tl.float32),
-        entropy=tl.where(inside, entropy, NAN).to(tl.float32),
+        entropy=tl.where(inside, entropy, float("nan")).to(tl.float32),
     )
 
 
