@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
@@ -56,3 +57,5 @@ class Driver:
 
 def use(target: str) -> None:
     triton.runtime.driver.set_active(Driver(target))
+    if TARGETS[target].backend == "hip":
+        torch.version.hip = "7"  # what the wrappers ask
