@@ -155,11 +155,12 @@ def _decide(op: str, device_type: str, choice: str) -> str | None:
 
     A name that was asked for and does not serve the device is an error.
     """
-    for backend in PREFERENCE.get(device_type, ()) if choice == "auto" else (choice,):
+    kernels = [backend for backend in PREFERENCE.get(device_type, ()) if backend != "eager"]
+    for backend in kernels if choice == "auto" else [choice]:
         reason = _reason(backend, device_type)
         if reason is None:
-            has_op = op in (native.ops(device_type) if backend == "native" else _modules(backend))
-            return backend if has_op and (backend, choice) != ("eager", "auto") else None
+            served = native.ops(device_type) if backend == "native" else _modules(backend)
+            return backend if op in served else None
         if choice != "auto":
             raise RuntimeError(
                 f"backend {choice!r} does not serve {device_type} tensors: {reason}. "

@@ -40,9 +40,8 @@ def compile_and_tell(source: Any, target: Any, options: dict[str, Any]) -> Any:
     assert not options["enable_fp_fusion"], "products and sums are contracted"
     if target.backend == "cuda":
         facts |= resources(compiled.asm["cubin"])
-        if options.get(
-            "maxnreg"
-        ):  # what the kernel puts aside to fit in them counts where it is read all the time
+        # what the kernel puts aside to fit in its registers counts where it is read all the time
+        if options.get("maxnreg"):
             groups = group_loops(compiled.asm["cubin"])
             facts["spilled"] = max(sum("LDL" in line or "STL" in line for line in loop) for loop in groups)
             facts["group_instructions"] = sorted(len(loop) // values["GROUP"] for loop in groups)

@@ -12,21 +12,10 @@ import _driver
 import torch
 import triton
 from _cases import normal
+from _front_end import Compiled
 from test_triton import chain
 
 import lsc_kernels as lk
-
-
-class Compiled:
-    """Stands in for a kernel of Triton's."""
-
-    function = packed_metadata = None
-
-    def launch_metadata(self, *arguments: Any) -> None:
-        pass
-
-    def run(self, *arguments: Any) -> None:
-        pass
 
 
 def launch_everything(generator: torch.Generator, batch: int, length: int) -> None:

@@ -125,9 +125,10 @@ def _exact(number):
 def _own_mask(mask, mask_row, mask_step, bounds, own):
     if mask is None:
         return mask
-    if bounds is None:
+    elif bounds is None:
         return mask + own.sequence * mask_row
-    return mask + own.start * mask_step
+    else:
+        return mask + own.start * mask_step
 
 
 @triton.jit
@@ -158,7 +159,8 @@ def _factors(counted, inner, of_return, HOLES: tl.constexpr):
 def _moved(data, by):
     if data is None:
         return data
-    return data + by
+    else:
+        return data + by
 
 
 @triton.jit
