@@ -21,6 +21,18 @@ TARGETS = {
 }
 
 
+class Compiled:
+    """Stands in for what Triton compiles, where nothing is compiled."""
+
+    function = packed_metadata = None
+
+    def launch_metadata(self, *arguments: Any) -> None:
+        pass
+
+    def run(self, *arguments: Any) -> None:
+        pass
+
+
 class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         pass

@@ -14,23 +14,12 @@ from typing import Any
 import _driver
 import pytest
 import triton
+from _driver import Compiled
 from triton._C.libtriton import ir
 from triton.compiler.compiler import make_backend
 
 refused: list[str] = []
 taken = 0
-
-
-class Compiled:
-    """Stands in for a kernel of Triton's."""
-
-    function = packed_metadata = None
-
-    def launch_metadata(self, *arguments: Any) -> None:
-        pass
-
-    def run(self, *arguments: Any) -> None:
-        pass
 
 
 def front_end(source: Any, target: Any, options: dict[str, Any]) -> Compiled:

@@ -12,7 +12,7 @@ import _driver
 import torch
 import triton
 from _cases import normal
-from _front_end import Compiled
+from _driver import Compiled
 from test_triton import chain
 
 import lsc_kernels as lk

@@ -67,6 +67,7 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
+# Not functools.cache, which torch.compile traces through and warns of.
 _OPS: dict[str, ModuleType] = {}
 
 
