@@ -342,6 +342,13 @@ def found(*rows: tuple[data.Response, tuple[float, float]]) -> findings.Findings
 RAW = found(judged(5, 0, (12.0, -4.0)), judged(3, 3, (2.0, 1.0)))
 EQUAL = found(judged(0, 5, (-8.0, 8.0)), judged(3, 3, (4.0, 1.0)))
 NOWHERE = found(judged(5, 0, (1.0, -4.0)), judged(3, 3, (2.0, 1.0)))
+WORSE = np.random.default_rng(5).normal((-6.0, -5.0), (6.0, 4.0), (100, 2))
+CROWDED = found(
+    judged(0, 5, (-11.2, 4.8)),
+    judged(3, 3, (-5.6, -1.0)),
+    *(judged(3, 3, (x, y)) for x, y in WORSE.tolist() if x + y < -7),
+)
+"""Where the nearest free place for the second note lies behind the first."""
 
 
 @pytest.mark.parametrize(
@@ -358,8 +365,8 @@ def test_the_slopes_are_those_of_the_sum_that_is_fooled(
     assert gain == pytest.approx(case.total[0] - case.total[1]) and gain > 0
 
 
-@pytest.mark.parametrize("answers", [RAW, EQUAL, NOWHERE])
-def test_a_note_covers_no_answer(answers: findings.Findings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("answers", [RAW, EQUAL, NOWHERE, CROWDED])
+def test_a_note_covers_no_answer_and_no_line_to_the_other(answers: findings.Findings, tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     drawn = []
@@ -377,6 +384,9 @@ def test_a_note_covers_no_answer(answers: findings.Findings, tmp_path: Path) -> 
         box = note.get_bbox_patch().get_window_extent()
         assert not any(box.contains(*point) for point in axes.transData.transform(answers.margins))
         assert axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+        for line in (other.arrow_patch for other in notes if other is not note):
+            points = line.get_transform().transform(line.get_path().interpolated(100).vertices)
+            assert not any(box.contains(*point) for point in points)
 
 
 def test_foreign_text_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

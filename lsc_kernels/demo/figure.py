@@ -33,7 +33,8 @@ def draw(path: Path, found: Findings, cells: Sequence[Cell], shape: Shape) -> No
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     if case is not None:
-        figure.draw_without_rendering()  # now everything else has its place
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # everything else has its place now, and keeps it
         _note_firsts(left, found, case, lines)
     figure.savefig(path, dpi=180)
 
@@ -106,7 +107,8 @@ def _note_firsts(axes: Any, found: Findings, case: Fooled, lines: np.ndarray) ->
 
     z = found.margins
     to_axes = axes.transData + axes.transAxes.inverted()
-    taken, targets = to_axes.transform(np.concatenate([z, lines])), to_axes.transform(z)
+    targets, lines = to_axes.transform(z), to_axes.transform(lines)
+    taken, notes = targets, np.empty((0, 2, 2))
     for row, rule in zip(case.rows, (f"the {case.rule}", "LSC-AND"), strict=True):
         axes.scatter(*z[row], s=150, facecolors="none", edgecolors="black", linewidths=1.5, zorder=5)
         note = axes.annotate(
@@ -119,11 +121,12 @@ def _note_firsts(axes: Any, found: Findings, case: Fooled, lines: np.ndarray) ->
             bbox={"facecolor": "white", "edgecolor": "0.6", "linewidth": 0.6, "pad": 3},
             arrowprops={"arrowstyle": "-", "linewidth": 0.8, "shrinkB": 6},
         )
-        note.set_in_layout(False)
         size = Text.get_window_extent(note, axes.figure.canvas.get_renderer()).size / axes.bbox.size
-        corner = _free_place(size, targets[row], taken)
+        corner = _free_place(size, targets[row], taken, lines, notes)
         note.set_position(tuple(corner))
-        taken = np.concatenate([taken, corner + size * _grid(np.linspace(0, 1, 9), np.linspace(0, 1, 9))])
+        notes = np.concatenate([notes, [[corner, corner + size]]])
+        covered = corner + size * _grid(np.linspace(0, 1, 9), np.linspace(0, 1, 9))
+        taken = np.concatenate([taken, covered, _between(targets[row], corner + size / 2)])
 
 
 def _grid(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -131,14 +134,33 @@ def _grid(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 
 
-def _free_place(size: np.ndarray, target: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """The lower left corner of a box near ``target`` that covers as little as can be of ``taken``, in [0, 1]."""
-    margin = 0.02
+def _between(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Points of a straight line, or of several that begin together, [..., points, 2]."""
+    return begin + np.linspace(0, 1, 40)[:, None] * (end - begin)[..., None, :]
+
+
+def _free_place(
+    size: np.ndarray, target: np.ndarray, taken: np.ndarray, lines: np.ndarray, notes: np.ndarray
+) -> np.ndarray:
+    """The lower left corner of a box in [0, 1], near ``target``.
+
+    It covers as little as can be of ``taken``, and the line to it of the ``notes`` that are there, [notes, (lower,
+    upper), 2]; it stays away from ``lines`` where that is not far.
+    """
+    margin = 0.03
     corners = _grid(*(np.linspace(margin, 1 - margin - side, 40) for side in size))
-    inside = (taken > corners[:, None] - margin) & (taken < corners[:, None] + size + margin)
+    covered = _inside(taken, corners - margin, corners + size + margin)
+    crossed = sum(_inside(_between(target, corners + size / 2), *note) for note in notes)
+    on_lines = _inside(lines, corners, corners + size)
     away = np.linalg.norm(np.clip(target, corners, corners + size) - target, axis=1)
-    best: np.ndarray = corners[np.argmin(inside.all(axis=2).sum(axis=1) + away)]
+    best: np.ndarray = corners[np.argmin(10 * (covered + crossed) + 0.02 * on_lines + away)]
     return best
+
+
+def _inside(points: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """How many of the points [..., points, 2] each box has inside."""
+    within: np.ndarray = (points > lower[..., None, :]) & (points < upper[..., None, :])
+    return within.all(axis=-1).sum(axis=-1)
 
 
 def _log_and(x: np.ndarray, y: np.ndarray) -> np.ndarray:
