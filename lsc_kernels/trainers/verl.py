@@ -114,7 +114,7 @@ def apply_kl_penalty(data: Any, kl_ctrl: Any, kl_penalty: str = "kl") -> tuple[A
     kl = trainer_kl("verl", kl_penalty, batch["old_log_probs"], batch["ref_log_prob"], mask=mask)
     current = (kl.sum(-1) / (mask.sum(-1) + 1e-8)).mean().item()
     kl_ctrl.update(current_kl=current, n_steps=len(kl))
-    batch["token_level_rewards"] = batch["token_level_scores"] - beta * kl
+    batch["token_level_rewards"] = torch.sub(batch["token_level_scores"], kl, alpha=beta)
     return data, {"actor/reward_kl_penalty": current, "actor/reward_kl_penalty_coeff": beta}
 
 
