@@ -35,6 +35,8 @@ OPS = (
 
 
 def to_gpu(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:  # on another device, on purpose
+        return tensor
     if tensor.requires_grad or tensor.is_contiguous() or torch.compiler.is_compiling():
         return tensor.cuda()
     storage = tensor.untyped_storage()

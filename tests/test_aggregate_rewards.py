@@ -151,9 +151,25 @@ def test_missing(backend: str) -> None:
     assert value[0].item() == pytest.approx(alone) and value[1].item() == 0.0
     assert to_scores is not None and to_reference is not None and to_reference.isfinite().all()
     assert to_scores[0, 1].item() == 0.0 and to_scores[1].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.cpu
+def test_missing_can_raise(backend: str) -> None:
+    scores = torch.tensor([[1.0, torch.nan, 3.0], [torch.nan, torch.nan, 2.0], [1.0, 2.0, torch.inf]])
     with pytest.raises(ValueError, match=r"scores has NaN .* the first is scores\[0, 1\]"):
-        lk.aggregate_rewards(scores, reference, missing="raise")
-    lk.aggregate_rewards(scores[2:], reference, missing="raise")
+        lk.aggregate_rewards(scores, 0.0, missing="raise")
+    assert lk.aggregate_rewards(scores[2:], 0.0, missing="raise").isfinite()
+    with pytest.raises(ValueError, match=r"the first is scores\[0, 1\]"):
+        lk.aggregate_rewards(scores[:1], 0.0, formula="0 | ~1", missing="raise")
+    assert lk.aggregate_rewards(scores[:1], 0.0, formula="0 | ~2", missing="raise").isfinite()
+    torch._dynamo.reset()
+    checked = torch.compile(
+        lambda r: lk.aggregate_rewards(r, 0.0, missing="raise"), fullgraph=True, backend="aot_eager"
+    )
+    checked(torch.zeros(2, 2))
+    with pytest.raises(RuntimeError, match="scores has NaN"):
+        checked(torch.tensor([[0.0, torch.nan]]))
+    torch._dynamo.reset()
 
 
 def test_a_nan_reference_is_not_a_missing_score(backend: str) -> None:
@@ -225,14 +241,6 @@ def test_compile(backend: str, generator: Generator) -> None:
         lambda r, ref, w: [lk.aggregate_rewards(r, ref, weights=w, missing="ignore", names=["a", "b", "c"])],
         calls,
     )
-    torch._dynamo.reset()
-    checked = torch.compile(
-        lambda r: lk.aggregate_rewards(r, 0.0, missing="raise"), fullgraph=True, backend="aot_eager"
-    )
-    checked(torch.zeros(2, 2))
-    with pytest.raises(RuntimeError, match="scores has NaN"):
-        checked(torch.tensor([[0.0, torch.nan]]))
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("formula", [None, "0 & ~1 | 2"])
@@ -455,7 +463,7 @@ def test_exponents_times_weights(backend: str, generator: Generator) -> None:
 
 def test_columns_that_a_formula_does_not_read_count_for_nothing(backend: str) -> None:
     scores = torch.tensor([[1.0, torch.nan, -2.0], [0.5, torch.inf, 3.0]])
-    for missing in ("propagate", "ignore", "raise"):
+    for missing in ("propagate", "ignore"):
         value, (to_scores,) = with_gradients(
             lambda r, m=missing: lk.aggregate_rewards(r, 0.0, formula="0 | ~2", missing=m),
             torch.ones(2),
@@ -463,8 +471,6 @@ def test_columns_that_a_formula_does_not_read_count_for_nothing(backend: str) ->
         )
         assert value.isfinite().all() and to_scores is not None
         assert to_scores[:, 1].tolist() == [0.0, 0.0] and (to_scores[:, [0, 2]] != 0).all()
-    with pytest.raises(ValueError, match=r"the first is scores\[0, 1\]"):
-        lk.aggregate_rewards(scores, 0.0, formula="0 | ~1", missing="raise")
 
 
 def test_missing_scores_in_formulas(backend: str) -> None:
@@ -808,6 +814,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("call, error, message", BAD)
 def test_bad_input(backend: str, call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

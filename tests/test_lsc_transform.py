@@ -336,6 +336,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("call, error, message", BAD)
 def test_bad_input(backend: str, call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
