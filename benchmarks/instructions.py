@@ -219,14 +219,14 @@ def of_cuda(architecture: str) -> Iterator[Loop]:
 
 
 def of_triton(architecture: str) -> Iterator[Loop]:
-    kinds = {"k3": "token_kl", "full_reverse": "token_kl, full reverse", None: "token_logprobs"}
+    ops = {"two": "token_kl", "two, reverse": "token_kl, full reverse", "one": "token_logprobs"}
     for dtype in TYPES:
         command = [sys.executable, ROOT / "tests" / "_aot.py", architecture, dtype, "k3", "full_reverse"]
         output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
         found: dict[str, list[int]] = {}
         for facts in map(json.loads, output.splitlines()):
             if facts["kernel"] == "token_rows.forward_kernel":
-                found.setdefault(kinds[facts["kind"]], facts["group_instructions"])
+                found.setdefault(ops[facts["models"]], facts["group_instructions"])
         for op, instructions in found.items():
             # a pair's kernel has shorter loops too, for one model where the other's row is undefined
             ways = ("usual",) if op == "token_logprobs" else ("usual", "exact difference")

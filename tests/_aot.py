@@ -28,7 +28,6 @@ from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide
 from lsc_kernels.eager.token_rewards import RewardOptions
 from lsc_kernels.formula import compile_formula
 from lsc_kernels.triton import ops
-from lsc_kernels.triton.kl import KINDS
 
 
 def compile_and_tell(source: Any, target: Any, options: dict[str, Any]) -> Any:
@@ -45,7 +44,7 @@ def compile_and_tell(source: Any, target: Any, options: dict[str, Any]) -> Any:
             groups = group_loops(compiled.asm["cubin"])
             facts["spilled"] = max(sum("LDL" in line or "STL" in line for line in loop) for loop in groups)
             facts["group_instructions"] = sorted(len(loop) // values["GROUP"] for loop in groups)
-            facts["kind"] = None if values["KIND"] is None else KINDS[values["KIND"]]
+            facts["models"] = "one" if "ref" in values else "two, reverse" if values["REVERSE"] else "two"
         facts["contracted"] = contracted(compiled.asm["ptx"])
     print(json.dumps(facts), flush=True)
     return compiled

@@ -767,7 +767,7 @@ class RowReader {
   // Warp, at the end of a chunk: whether it takes its columns once more, about a better centre. Else its totals are stored, or all
   // is parked: what it has taken again has a centre of its own.
   LSC_DEVICE bool takes_again(bool again) {
-    if (marks().has_parked || again) {
+    if (again || marks().has_parked) {
       absorb();
     } else {
       store_totals();

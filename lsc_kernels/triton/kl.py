@@ -49,23 +49,35 @@ def k3(d):
 
 @triton.jit
 def evaluate_kl(
-    d, divergence, log_weight, ratio_low, ratio_high, kl_low, kl_high,
-    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, WEIGHTED: tl.constexpr,
-):  # fmt: skip
-    """``divergence`` is the row's full KL where KIND asks for it; ``log_weight`` = log pi(a) - old where WEIGHTED."""
+    d,
+    divergence,
+    log_weight,
+    ratio_low,
+    ratio_high,
+    kl_low,
+    kl_high,
+    kind,
+    straight_through,
+    WEIGHTED: tl.constexpr,
+):
+    """``divergence`` is the row's full KL where ``kind`` asks for it; ``log_weight`` = log pi(a) - old where WEIGHTED.
+
+    ``kind`` and ``straight_through`` are constants where there is much to evaluate. The kernels of rows, which evaluate
+    one token after a whole row, have numbers, and one compilation of seconds for all kinds.
+    """
     zero = tl.zeros_like(d)
     ratio = clamp(d, ratio_low, ratio_high)
-    if KIND == K1:
+    if kind == K1:
         value, slope = ratio, zero + 1
-    elif KIND == ABS:
+    elif kind == ABS:
         value, slope = tl.abs(ratio), tl.where(ratio > 0, zero + 1, tl.where(ratio < 0, zero - 1, zero))
-    elif KIND == K2:
+    elif kind == K2:
         value, slope = ratio * ratio / 2, ratio
-    elif KIND == K3:
+    elif kind == K3:
         value, slope = k3(ratio), -expm1_negative(ratio)
     else:
         value, slope = divergence, ratio
-    if STRAIGHT_THROUGH:
+    if straight_through:
         slope = ratio
     outside = (d < ratio_low) | (d > ratio_high) | (value < kl_low) | (value > kl_high)
     kl = clamp(value, kl_low, kl_high)
@@ -73,13 +85,16 @@ def evaluate_kl(
     if WEIGHTED:
         weight = tl.exp(log_weight)
         kl = kl * weight
-    if STRAIGHT_THROUGH or KIND < FULL:
-        on_ratio, on_divergence = tl.where(outside, 0.0, weight * slope), zero
+    on_ratio, on_divergence = zero, zero
+    if (kind < FULL) | (straight_through != 0):
+        on_ratio = tl.where(outside, 0.0, weight * slope)
     else:
-        on_ratio, on_divergence = zero, tl.where(outside, 0.0, weight)
+        on_divergence = tl.where(outside, 0.0, weight)
     on_logprob = on_ratio
     if WEIGHTED:
-        if KIND == K3 and not STRAIGHT_THROUGH:  # slope and value, which for a negative d are huge and cancel
+        if (kind == K3) & (
+            straight_through == 0
+        ):  # slope and value, which for a negative d are huge and cancel
             on_logprob = tl.where(outside, 0.0, weight * ratio)
         else:
             on_logprob += tl.where(outside, 0.0, kl)

@@ -37,6 +37,7 @@ from lsc_kernels.triton.reward_head import check_positions, dot_products, poolin
 from lsc_kernels.triton.token_kl import (
     aligned,
     forward_options,
+    is_reverse,
     model,
     new_rows,
     rows_of,
@@ -67,6 +68,7 @@ _REWARD_DATA = (
 )  # fmt: skip
 _LOGIT_NUMBERS = (
     "policy_outer", "policy_inner", "policy_step", "ref_outer", "ref_inner", "ref_step", "temperature_stride",
+    "kind", "straight_through",
 )  # fmt: skip
 _LOGIT_DATA = ("policy", "ref", "temperatures", "states", "arrivals", "entropy", "saved")
 
@@ -155,9 +157,9 @@ def _logits_kernel(
     ref, ref_outer: tl.int64, ref_inner: tl.int64, ref_step,
     temperatures, temperature_stride: tl.int64, temperature: tl.float64, states, arrivals,
     kl, logprobs, ref_logprobs, entropy, saved, V,
-    ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64,
-    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
-    POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+    ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64, kind, straight_through,
+    REVERSE: tl.constexpr, POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr,
     POOL: tl.constexpr, IGNORE_MISSING: tl.constexpr, HAS_FLOOR: tl.constexpr, PLACEMENT: tl.constexpr,
     HAS_KL: tl.constexpr, WEIGHTS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +175,7 @@ def _logits_kernel(
         own = leaves_row(
             policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
             temperatures, temperature_stride, temperature, states, arrivals, row, is_counted, length, V,
-            KIND, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
+            REVERSE, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
         )  # fmt: skip
         if own == 0:
             return
@@ -181,8 +183,8 @@ def _logits_kernel(
         token = forward_row(
             policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
             actions, old_logprobs, temperatures, temperature_stride, temperature, states, own_saved,
-            row, length, V, ratio_low, ratio_high, kl_low, kl_high,
-            KIND, STRAIGHT_THROUGH, arrivals is None, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
+            row, length, V, ratio_low, ratio_high, kl_low, kl_high, kind, straight_through,
+            REVERSE, arrivals is None, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
         )  # fmt: skip
     elif length > 0:
         token = no_token(own_saved)
@@ -375,13 +377,14 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     constants = {
         "POOL": pooling(head_mask, head_index, segments, False), "IGNORE_MISSING": ignore_missing,
         "HAS_FLOOR": has_floor(operands[2]), "PLACEMENT": placement, "HAS_KL": beta != 0.0, "WIDTH": WIDTH,
-        "WEIGHTS": reward_head.tile(properties)["WEIGHTS"], "KIND": kind, "STRAIGHT_THROUGH": straight_through,
+        "WEIGHTS": reward_head.tile(properties)["WEIGHTS"],
         "SLOTS": 1 if formula is None else slots(formula),
     }  # fmt: skip
     if actions is None:
         launch(
             _logprobs_kernel, (batch, max(1, triton.cdiv(length, BLOCK))), policy.device, *common,
-            *two_strides(policy), *two_strides(ref), *out[3:6], *limits, BLOCK=BLOCK, **constants,
+            *two_strides(policy), *two_strides(ref), *out[3:6], *limits,
+            KIND=kind, STRAIGHT_THROUGH=straight_through, BLOCK=BLOCK, **constants,
         )  # fmt: skip
         return tuple(out)
     assert own_actions is not None
@@ -389,7 +392,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     launch(
         _logits_kernel, (batch * max(1, length), programs), policy.device, *common, *model(policy), *model(ref),
         *temperature_of(temperatures, temperature), states, arrivals, *out[3:], policy.shape[-1], *limits,
-        POLICY_ALIGNED=aligned(policy), REF_ALIGNED=aligned(ref), **forward_options(policy, ref), **constants,
+        kind, int(straight_through), REVERSE=is_reverse(kind), POLICY_ALIGNED=aligned(policy), REF_ALIGNED=aligned(ref),
+        **forward_options(policy, ref), **constants,
     )  # fmt: skip
     return tuple(out)
 

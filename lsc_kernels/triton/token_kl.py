@@ -12,7 +12,7 @@ from lsc_kernels.eager.kl_from_logprobs import KLOptions
 from lsc_kernels.eager.token_logprobs import check_actions, counted
 from lsc_kernels.triton import interpreted
 from lsc_kernels.triton._launch import arrival_counters, dense, launch, operator, per_row
-from lsc_kernels.triton.kl import KINDS
+from lsc_kernels.triton.kl import FULL_REVERSE, KINDS
 from lsc_kernels.triton.kl_from_logprobs import arguments
 from lsc_kernels.triton.row_state import CHUNK
 from lsc_kernels.triton.token_rows import SAVED, backward_kernel, forward_kernel
@@ -99,6 +99,11 @@ def aligned(rows: Tensor | None) -> bool:
     return step == 1 and rows.data_ptr() % 16 == 0 and outer % in_16_bytes == 0 == inner % in_16_bytes
 
 
+def is_reverse(kind: int | None) -> bool:
+    """Whether the reference is the model that a row is weighed by."""
+    return kind == FULL_REVERSE.value
+
+
 def temperature_of(temperatures: Tensor | None, temperature: float) -> tuple[Tensor | None, int, float]:
     return *per_row(temperatures), temperature
 
@@ -144,8 +149,8 @@ def forward_rows(
     launch(
         forward_kernel, (actions.numel(), programs), policy.device, *model(policy), *model(ref),
         actions.contiguous(), dense(mask), dense(old_logprobs), *temperature_of(temperatures, temperature),
-        states, arrivals, *outputs, policy.shape[1], vocabulary, *limits, kind, straight_through,
-        aligned(policy), aligned(ref), **forward_options(policy, ref),
+        states, arrivals, *outputs, policy.shape[1], vocabulary, *limits, kind, int(straight_through),
+        is_reverse(kind), aligned(policy), aligned(ref), **forward_options(policy, ref),
     )  # fmt: skip
     return outputs
 
@@ -178,7 +183,7 @@ def backward_rows(
         *(each for grad in grads for each in per_row(grad)), *model(policy), *model(ref),
         actions.contiguous(), dense(mask), dense(old_logprobs), *temperature_of(temperatures, temperature),
         saved, to_policy if want_policy else None, to_ref if want_ref else None, policy.shape[1], vocabulary,
-        *limits, kind, straight_through, reads_ref, aligned(policy), aligned(ref),
+        *limits, kind, int(straight_through), reads_ref, aligned(policy), aligned(ref),
         TILE=backward_tile(vocabulary), num_warps=tiles(vocabulary).num_warps,
     )  # fmt: skip
     return to_policy, to_ref

@@ -173,14 +173,12 @@ def is_last(arrivals, row):
 @triton.jit
 def finish_row(
     state, policy, policy_step, ref, ref_step, action, old_logprob, temperature, V, saved,
-    ratio_low, ratio_high, kl_low, kl_high,
-    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, WEIGHTED: tl.constexpr,
-    GROUP: tl.constexpr, LANES: tl.constexpr,
+    ratio_low, ratio_high, kl_low, kl_high, kind, straight_through,
+    REVERSE: tl.constexpr, WEIGHTED: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """From the state of a whole row to its outputs, and to what is saved of it. An action outside [0, V) makes all
     outputs NaN, and the sums by which backward divides: so all gradients too."""
     PAIR: tl.constexpr = ref is not None
-    REVERSE: tl.constexpr = PAIR and KIND == FULL_REVERSE
     inside = (action >= 0) & (action < V)
     column = tl.where(inside, action, 0)
     x = at(policy, column, policy_step).to(tl.float64)
@@ -221,8 +219,7 @@ def finish_row(
         equal = ((x == y) & (tl.abs(x) == INF)) | (V == 1)
         d = tl.where(equal & (difference == difference), 0.0, d)
         divergence = tl.where(V == 1, scaled(summary.kl, 0.0), summary.kl)
-        if KIND < FULL:
-            divergence = d * 0
+        divergence = tl.where(kind < FULL, 0.0, divergence)
         log_weight = d
         if WEIGHTED:
             log_weight = logprob - old_logprob
@@ -234,8 +231,8 @@ def finish_row(
             ratio_high,
             kl_low,
             kl_high,
-            KIND,
-            STRAIGHT_THROUGH,
+            kind,
+            straight_through,
             WEIGHTED,
         )
         kl = tl.where(inside, value.kl, float("nan"))
@@ -307,42 +304,36 @@ def chain(gradient, factor):
 @triton.jit
 def coefficients(
     to_kl, to_logprob, to_ref_logprob, to_entropy, old_logprob, temperature, saved,
-    ratio_low, ratio_high, kl_low, kl_high,
-    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, WEIGHTED: tl.constexpr,
+    ratio_low, ratio_high, kl_low, kl_high, kind, straight_through, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """KIND None: there is one model, and no KL."""
+    """``kind`` None: there is one model, and no KL."""
     zero = tl.full((), 0.0, tl.float64)
-    to_divergence, from_offset = zero, zero
-    if KIND is not None:
+    p0 = chain(to_entropy, tl.load(saved + MEAN_LOGIT))
+    to_full, to_reverse = zero, zero
+    offset = zero
+    if kind is not None:
         log_weight = zero
         if WEIGHTED:
             log_weight = tl.load(saved + LOGPROB) - old_logprob
         value = evaluate_kl(
             tl.load(saved + LOG_RATIO), tl.load(saved + DIVERGENCE), log_weight,
-            ratio_low, ratio_high, kl_low, kl_high, KIND, STRAIGHT_THROUGH, WEIGHTED,
+            ratio_low, ratio_high, kl_low, kl_high, kind, straight_through, WEIGHTED,
         )  # fmt: skip
         to_logprob += chain(to_kl, value.on_logprob)
         to_ref_logprob -= chain(to_kl, value.on_ratio)
         to_divergence = chain(to_kl, value.on_divergence)
-        from_offset = chain(to_divergence, tl.load(saved + OFFSET))
-    p0 = chain(to_entropy, tl.load(saved + MEAN_LOGIT)) - to_logprob
-    q0 = -to_ref_logprob
-    p_delta, p_minus_q, q_delta, q_minus_p = zero, zero, zero, zero
-    if KIND == FULL:
-        p0 += from_offset
-        p_delta, q_minus_p = to_divergence, to_divergence
-    if KIND == FULL_REVERSE:
-        q0 -= from_offset
-        p_minus_q, q_delta = to_divergence, -to_divergence
+        to_full = tl.where(kind == FULL, to_divergence, 0.0)
+        to_reverse = tl.where(kind == FULL_REVERSE, to_divergence, 0.0)
+        offset = tl.load(saved + OFFSET)
     return Coefficients(
-        p0=p0 / temperature,
+        p0=(p0 - to_logprob + chain(to_full, offset)) / temperature,
         p_logit=-to_entropy / temperature,
-        p_delta=p_delta / temperature,
-        p_minus_q=p_minus_q / temperature,
+        p_delta=to_full / temperature,
+        p_minus_q=to_reverse / temperature,
         policy_action=to_logprob / temperature,
-        q0=q0 / temperature,
-        q_delta=q_delta / temperature,
-        q_minus_p=q_minus_p / temperature,
+        q0=(-to_ref_logprob - chain(to_reverse, offset)) / temperature,
+        q_delta=-to_reverse / temperature,
+        q_minus_p=to_full / temperature,
         ref_action=to_ref_logprob / temperature,
     )
 
@@ -442,7 +433,7 @@ def write_zeros(gradient, begin, end, TILE: tl.constexpr):
 
 # ---------------------------------------------------------------------------------------------- kernels
 
-_COUNTS = ("rows_per_outer",)
+_NUMBERS = ("rows_per_outer", "kind", "straight_through")
 _STRIDES = (
     "policy_outer",
     "policy_inner",
@@ -456,15 +447,15 @@ _FORWARD = ("policy", "ref", "actions", "mask", "old_logprobs", "temperatures", 
 _OUTPUTS = ("kl", "logprobs", "ref_logprobs", "entropy", "saved")
 
 
-@triton.jit(do_not_specialize=(*_COUNTS, *_STRIDES), do_not_specialize_on_alignment=(*_FORWARD, *_OUTPUTS))
+@triton.jit(do_not_specialize=(*_NUMBERS, *_STRIDES), do_not_specialize_on_alignment=(*_FORWARD, *_OUTPUTS))
 def forward_kernel(
     policy, policy_outer: tl.int64, policy_inner: tl.int64, policy_step,
     ref, ref_outer: tl.int64, ref_inner: tl.int64, ref_step,
     actions, mask, old_logprobs, temperatures, temperature_stride: tl.int64, temperature: tl.float64,
     states, arrivals, kl, logprobs, ref_logprobs, entropy, saved, rows_per_outer: tl.int64, V,
-    ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64,
-    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
-    POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+    ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64, kind, straight_through,
+    REVERSE: tl.constexpr, POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program per row, or with ``arrivals`` one per chunk, of which the last goes on. ``states``: of a row's
     chunks, where there are several."""
@@ -475,7 +466,7 @@ def forward_kernel(
         own = leaves_row(
             policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
             temperatures, temperature_stride, temperature, states, arrivals, row, counts, rows_per_outer, V,
-            KIND, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
+            REVERSE, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
         )  # fmt: skip
         if own == 0:
             return
@@ -483,8 +474,8 @@ def forward_kernel(
         token = forward_row(
             policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
             actions, old_logprobs, temperatures, temperature_stride, temperature, states, own_saved,
-            row, rows_per_outer, V, ratio_low, ratio_high, kl_low, kl_high,
-            KIND, STRAIGHT_THROUGH, arrivals is None, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
+            row, rows_per_outer, V, ratio_low, ratio_high, kl_low, kl_high, kind, straight_through,
+            REVERSE, arrivals is None, POLICY_ALIGNED, REF_ALIGNED, GROUP, LANES,
         )  # fmt: skip
     else:
         token = no_token(own_saved)
@@ -499,7 +490,7 @@ def forward_kernel(
 def leaves_row(
     policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
     temperatures, temperature_stride, temperature, states, arrivals, row, counts, rows_per_outer, V,
-    KIND: tl.constexpr, POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
+    REVERSE: tl.constexpr, POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Program (row, chunk) leaves the state of its chunk in memory. Whether the row's outputs are this program's to
@@ -513,7 +504,6 @@ def leaves_row(
         y = ref if ref is None else row_pointer(ref, outer, inner, ref_outer, ref_inner, REF_ALIGNED)
         begin = chunk * CHUNK
         end = tl.minimum(begin + CHUNK, V)
-        REVERSE: tl.constexpr = ref is not None and KIND == FULL_REVERSE
         state = read_part(x, policy_step, y, ref_step, begin, end, own_temperature, REVERSE, GROUP, LANES)
         store_state(states, row.to(tl.int64) * tl.num_programs(1) + chunk, state)
         own = is_last(arrivals, row)
@@ -524,14 +514,12 @@ def leaves_row(
 def forward_row(
     policy, policy_outer, policy_inner, policy_step, ref, ref_outer, ref_inner, ref_step,
     actions, old_logprobs, temperatures, temperature_stride, temperature, states, own_saved,
-    row, rows_per_outer, V, ratio_low, ratio_high, kl_low, kl_high,
-    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, READS: tl.constexpr,
+    row, rows_per_outer, V, ratio_low, ratio_high, kl_low, kl_high, kind, straight_through,
+    REVERSE: tl.constexpr, READS: tl.constexpr,
     POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A counted row, from its logits. The states of several chunks go through memory: registers are short. Without
     READS they are there already."""
-    PAIR: tl.constexpr = ref is not None
-    REVERSE: tl.constexpr = PAIR and KIND == FULL_REVERSE
     own_temperature = temperature_at(temperatures, row, temperature_stride, temperature)
     outer, inner = row // rows_per_outer, row % rows_per_outer
     x = row_pointer(policy, outer, inner, policy_outer, policy_inner, POLICY_ALIGNED)
@@ -548,18 +536,19 @@ def forward_row(
                 )
                 store_state(states, first + begin // CHUNK, chunk)
             tl.debug_barrier()
-        state = merged_row(states, row, V, own_temperature, PAIR, REVERSE)
+        state = merged_row(states, row, V, own_temperature, ref is not None, REVERSE)
     old_logprob = state.S
     if old_logprobs is not None:
         old_logprob = tl.load(old_logprobs + row).to(tl.float64)
     return finish_row(
         state, x, policy_step, y, ref_step, tl.load(actions + row), old_logprob, own_temperature, V, own_saved,
-        ratio_low, ratio_high, kl_low, kl_high, KIND, STRAIGHT_THROUGH, old_logprobs is not None, GROUP, LANES,
+        ratio_low, ratio_high, kl_low, kl_high, kind, straight_through,
+        REVERSE, old_logprobs is not None, GROUP, LANES,
     )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=(*_COUNTS, *_STRIDES, "kl_stride", "logprobs_stride", "ref_logprobs_stride", "entropy_stride"),
+    do_not_specialize=(*_NUMBERS, *_STRIDES, "kl_stride", "logprobs_stride", "ref_logprobs_stride", "entropy_stride"),
     do_not_specialize_on_alignment=(
         *_FORWARD, "grad_kl", "grad_logprobs", "grad_ref_logprobs", "grad_entropy", "saved",
     ),
@@ -571,8 +560,8 @@ def backward_kernel(
     ref, ref_outer: tl.int64, ref_inner: tl.int64, ref_step,
     actions, mask, old_logprobs, temperatures, temperature_stride: tl.int64, temperature: tl.float64,
     saved, to_policy, to_ref, rows_per_outer: tl.int64, V,
-    ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64,
-    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, READS_REF: tl.constexpr,
+    ratio_low: tl.float64, ratio_high: tl.float64, kl_low: tl.float64, kl_high: tl.float64, kind, straight_through,
+    READS_REF: tl.constexpr,
     POLICY_ALIGNED: tl.constexpr, REF_ALIGNED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (row, chunk) writes its part of each gradient that is wanted."""
@@ -588,7 +577,7 @@ def backward_kernel(
             upstream(grad_kl, row, kl_stride), upstream(grad_logprobs, row, logprobs_stride),
             upstream(grad_ref_logprobs, row, ref_logprobs_stride), upstream(grad_entropy, row, entropy_stride),
             upstream(old_logprobs, row, 1), own_temperature, own_saved, ratio_low, ratio_high, kl_low, kl_high,
-            KIND, STRAIGHT_THROUGH, old_logprobs is not None,
+            kind, straight_through, old_logprobs is not None,
         )  # fmt: skip
         outer, inner = row // rows_per_outer, row % rows_per_outer
         x = row_pointer(policy, outer, inner, policy_outer, policy_inner, POLICY_ALIGNED)
