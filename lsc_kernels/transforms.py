@@ -244,31 +244,33 @@ def _zscore(
     dim: int | None = None,
     eps: float = 1e-4,
 ) -> Tensor:
-    over, eps = _statistics_of(reward, samples, dim), _checks.number("eps", eps)
+    wide, eps = reward.double(), _checks.number("eps", eps)
+    over = _statistics_of(wide, samples, dim)
     if eps < 0:
         raise ValueError(f"eps must be >= 0; got {eps}")
     if over.numel() == 0:
-        return _like(reward.double(), reward)
+        return _like(wide, reward)
     if (over.numel() if dim is None else over.shape[dim]) < 2:
         raise ValueError(
             f"zscore needs two rewards or more for a deviation; got {list(over.shape)}, dim={dim}"
         )
     mean, deviation = over.mean(dim, keepdim=dim is not None), over.std(dim, keepdim=dim is not None)
-    return _like((reward.double() - mean) / (deviation + eps), reward, samples)
+    return _like((wide - mean) / (deviation + eps), reward, samples)
 
 
 def _minmax(
     reward: Tensor, reference_reward: object, *, samples: Tensor | None = None, dim: int | None = None
 ) -> Tensor:
-    over = _statistics_of(reward, samples, dim)
+    wide = reward.double()
+    over = _statistics_of(wide, samples, dim)
     if over.numel() == 0:
-        return _like(reward.double(), reward)
+        return _like(wide, reward)
     if dim is None:
         low, high = over.min(), over.max()
     else:
         low, high = over.amin(dim, keepdim=True), over.amax(dim, keepdim=True)
     span = torch.where(high > low, high - low, 1.0)
-    return _like((reward.double() - low) / span, reward, samples)
+    return _like((wide - low) / span, reward, samples)
 
 
 def _distribution(reward: Tensor, samples: object) -> Tensor:

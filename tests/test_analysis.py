@@ -194,6 +194,17 @@ def test_budget_beyond_the_samples() -> None:
         gamma_for_kl(torch.randn(8, 16), 5.0)
 
 
+def test_budget_below_what_samples_without_weight_cost() -> None:
+    half = torch.tensor([0.0, -1.0, -math.inf, -math.inf])
+    with pytest.raises(ValueError, match=r"must be more than 0\.693 nats, .* utility -inf; got 0\.3"):
+        gamma_for_kl(half, 0.3)
+    assert tilt(half, gamma_for_kl(half, 0.8)).kl == pytest.approx(0.8, rel=1e-8)
+    with pytest.raises(ValueError, match=r"must be more than 0\.405 nats"):
+        gamma_for_kl(torch.tensor([0.0, 0.0, -math.inf]), 0.3)
+    scores = torch.tensor([[[1.0], [0.0], [-math.inf], [-math.inf]]])
+    assert [point.kl for point in frontier(scores, 0.0, kl=[0.3, 0.8], methods=["lsc"]).points] == [0.8]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

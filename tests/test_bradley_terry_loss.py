@@ -141,6 +141,15 @@ def test_any_length(rows: int, seed: int) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_to_one_margin_is_rounded_once(backend: str, dtype: torch.dtype) -> None:
+    """A term alone is below what fp16 holds."""
+    margin = torch.zeros((), dtype=dtype, requires_grad=True)
+    lk.bradley_terry_loss(torch.full((1 << 18,), 5.0), torch.zeros(1 << 18), margin=margin).backward()
+    assert margin.grad is not None and margin.grad.dtype is dtype
+    assert margin.grad.item() == pytest.approx(1 / (1 + math.exp(5)), rel=torch.finfo(dtype).eps)
+
+
 def test_no_pairs(backend: str) -> None:
     empty = torch.zeros(0, requires_grad=True)
     assert lk.bradley_terry_loss(empty, empty).isnan()

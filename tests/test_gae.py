@@ -245,6 +245,15 @@ def test_a_term_with_coefficient_zero_plays_no_part(backend: str) -> None:
     assert advantages[:, :2].tolist() == [[1.0, 2.0]] and advantages[0, 2].isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_infinite_reward_is_one_for_all_before_it(backend: str, dtype: torch.dtype) -> None:
+    """However small the power of gamma lam."""
+    rewards = torch.zeros(1, 3000, dtype=dtype)
+    rewards[0, -2] = torch.inf
+    for result in lk.gae(rewards, torch.zeros_like(rewards), None, gamma=0.9, lam=0.5):
+        assert (result[0, :-1] == torch.inf).all() and result[0, -1] == 0
+
+
 def test_a_bad_row_spoils_no_other(backend: str, generator: Generator) -> None:
     rewards, values = case(generator, 3, 40)
     expected = lk.gae(rewards, values, None)

@@ -147,6 +147,26 @@ def test_clamped_element_has_exactly_no_gradient(backend: str, generator: Genera
         assert bool((y.grad[~outside_value & (value > 0.101) & (value < 0.199)] != 0).all()), options
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_overflowing_weight_reaches_nobody_else(backend: str, dtype: torch.dtype) -> None:
+    logprobs, ref, old = (
+        torch.tensor(values, dtype=dtype) for values in ([-1.0, -1.0], [-20.0, -1.5], [-2000.0, -1.0])
+    )
+    for kl, clamp in (("k1", (-5.0, 5.0)), ("k3", (-5.0, 5.0)), ("k1", None)):
+        x, y = logprobs.clone().requires_grad_(), ref.clone().requires_grad_()
+        value = lk.kl_from_logprobs(x, y, kl=kl, log_ratio_clamp=clamp, old_logprobs=old)
+        assert value[0] == torch.inf
+        (value.sum() if clamp else value[1]).backward()
+        assert x.grad is not None and y.grad is not None
+        assert x.grad[0] == 0 == y.grad[0] and x.grad[1] != 0 != y.grad[1]
+
+
+def test_old_logprobs_of_fp64_are_not_rounded(backend: str) -> None:
+    old = torch.tensor([-300.000011], dtype=torch.float64)
+    value = lk.kl_from_logprobs(torch.tensor([-300.0]), torch.tensor([-301.0]), kl="k1", old_logprobs=old)
+    assert value.dtype is torch.float32 and value.item() == pytest.approx(math.exp(1.1e-5), rel=1e-7)
+
+
 def test_overflowing_k3(backend: str) -> None:
     logprobs, ref = torch.tensor([-200.0], requires_grad=True), torch.tensor([-1.0], requires_grad=True)
     value = lk.kl_from_logprobs(logprobs, ref)

@@ -88,6 +88,11 @@ def test_few_elements(backend: str) -> None:
                 )
                 if not shift_mean and kept:  # only the mean is left to move
                     assert gradient.sum().item() == pytest.approx(kept)
+    x = torch.full((3,), 2.0, requires_grad=True)
+    lk.masked_whiten(x, None, eps=1e-300, correction=0).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all(), "the third power of the scale is not"
+    # whose sum over three is none of them
+    assert lk.masked_whiten(torch.full((3,), 0.1, dtype=torch.float64), None, eps=0.0).tolist() == [0.0] * 3
     for shape in ((0,), (0, 4), (3, 0)):
         _, (gradient,) = with_gradients(
             lambda x: lk.masked_whiten(x, None), torch.zeros(shape), [torch.zeros(shape)]

@@ -126,6 +126,18 @@ def test_equal_samples_have_a_gaussian_gradient() -> None:
     assert samples.grad is not None and samples.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reference_that_is_not_there_has_no_gradient(method: str) -> None:
+    samples = torch.tensor([[[1.0], [2.0], [torch.nan]]], requires_grad=True)
+    left_out = leave_one_out_quantile(samples, 0.85, method=method)
+    torch.where(left_out.isnan(), 0.0, left_out).sum().backward()
+    assert samples.grad is not None and samples.grad.isfinite().all()
+    alone = torch.tensor([[[1.0, 1.0], [3.0, torch.nan]]], requires_grad=True)
+    found = quantile_reference(alone, 0.85, method=method)
+    torch.where(found.isnan(), 0.0, found).sum().backward()
+    assert alone.grad is not None and alone.grad.isfinite().all()
+
+
 def exceeded(quantile: Tensor) -> tuple[float, float]:
     """How often the next standard normal sample exceeds a reference, in percent, and the standard error of that."""
     share = 100 * torch.special.ndtr(-quantile.double())

@@ -233,6 +233,12 @@ def test_empty(backend: str, shape: tuple[int, ...]) -> None:
     packed = lk.reward_head(torch.zeros(0, 8), weight, cu_seqlens=torch.tensor([0, 0, 0]))
     assert packed.shape == (2, 2) and packed.isnan().all()
     assert lk.reward_head(torch.zeros(0, 8), weight, cu_seqlens=torch.tensor([0])).shape == (0, 2)
+    scores, (to_hidden, _) = with_gradients(
+        lambda h, w: lk.reward_head(h, w, pool="none"),
+        torch.ones(3, 2),
+        [torch.zeros(3, 0), torch.zeros(2, 0)],
+    )
+    assert scores.tolist() == [[0.0, 0.0]] * 3 and to_hidden is not None and to_hidden.shape == (3, 0)
 
 
 def test_any_strides(backend: str, generator: Generator) -> None:

@@ -95,6 +95,17 @@ def test_values(generator: Generator) -> None:
     assert torch.equal(clipped, torch.minimum(torch.maximum(r - 1.0, torch.tensor(-2.0)), torch.tensor(3.0)))
 
 
+@pytest.mark.parametrize("method", ["zscore", "minmax"])
+def test_a_narrow_gradient_is_rounded_once(method: str, generator: Generator) -> None:
+    upstream = torch.randn(3, generator=generator)
+    narrow = torch.randn(3, generator=generator).bfloat16().requires_grad_()
+    wide = narrow.detach().double().requires_grad_()
+    for reward in (narrow, wide):
+        lk.transform_reward(reward, method).backward(upstream.to(reward.dtype))
+    exact = torch.autograd.grad(lk.transform_reward(wide, method), wide, upstream.bfloat16().double())[0]
+    assert narrow.grad is not None and torch.equal(narrow.grad, exact.bfloat16())
+
+
 @pytest.mark.parametrize("method", lk.TRANSFORMS)
 def test_order_is_kept(method: str, generator: Generator) -> None:
     r = (torch.rand(200, generator=generator) * 9 - 4.5).sort().values

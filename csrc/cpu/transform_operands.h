@@ -30,6 +30,8 @@ inline Tensor wanted_like(bool wanted, const Tensor& scores) {
 
 constexpr int64_t kScoresPerTask = 1 << 14;
 
-inline int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, kScoresPerTask / columns); }
+inline int64_t rows_per_task(int64_t columns) {
+  return std::max<int64_t>(1, kScoresPerTask / std::max<int64_t>(1, columns));
+}
 
 }  // namespace lsc

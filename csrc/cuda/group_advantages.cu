@@ -26,11 +26,11 @@ struct GroupColumns {
   const void* ids;            // [count], sorted, or null: groups of `size`
   bool ids_are_int32;
   const int64_t* order;
-  int64_t count, columns, size;
+  int64_t count, columns, size;  // size: 0 with ids, whose data is null where there are none
   GroupRules rules;
   double* out;
 
-  LSC_FN int64_t places() const { return ids ? count : count / size; }
+  LSC_FN int64_t places() const { return size > 0 ? count / size : count; }
 };
 
 struct WeightedSums {

@@ -23,7 +23,7 @@ LSC_FN inline WhiteningGradient whitening_gradient_of(
     const Moments& moments, const GradientSums& sums, bool shift_mean, double eps, int64_t correction) {
   const double scale = whitening_scale(moments, eps, correction), degrees = moments.count - double(correction);
   const double mean_grad = moments.count > 0 ? sums.sum / moments.count : 0;
-  return {moments.mean, scale, degrees > 0 ? -scale * scale * scale * sums.along / degrees : 0,
+  return {moments.mean, scale, degrees > 0 ? -scale * (scale * (scale * sums.along / degrees)) : 0,
           (shift_mean ? 0 : mean_grad) - scale * mean_grad};
 }
 

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from lsc_kernels.analysis.operands import names_of, spread
 from lsc_kernels.analysis.report import Report, percent, rich_table
-from lsc_kernels.analysis.tilt import Base, largest_kl, samples_of_base, solve_gamma, standard_error, tilted
+from lsc_kernels.analysis.tilt import (
+    Base,
+    largest_kl,
+    samples_of_base,
+    smallest_kl,
+    solve_gamma,
+    standard_error,
+    tilted,
+)
 from lsc_kernels.extras import load
 from lsc_kernels.formula import Formula
 from lsc_kernels.ops import _checks
@@ -212,10 +220,10 @@ def frontier(
     any_base = samples_of_base(utility)
     budgets = _budgets(any_base, kl)
     for method, base in bases.items():
-        reach = largest_kl(base)
+        least, reach = smallest_kl(base), largest_kl(base)
         gamma: float | None = None
         for budget in budgets:
-            if budget < reach * (1 - 1e-6):
+            if least * (1 + 1e-6) < budget < reach * (1 - 1e-6):
                 gamma = solve_gamma(base, budget, start=gamma)
                 points.append(_point(base, judged, method, budget, gamma))
     return Frontier(

@@ -250,7 +250,8 @@ def gamma_for_kl(utilities: Tensor, budget: float) -> float:
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: the samples do not reach the budget: of n samples, the best is log n away from the base policy,
-            less where several tie.
+            less where several tie. Or every tilt is beyond it: one in which no sample of utility -inf has weight is
+            log(n / others) away, however large gamma.
 
     Example:
         >>> import torch
@@ -269,6 +270,12 @@ def gamma_for_kl(utilities: Tensor, budget: float) -> float:
             f"budget must be less than these samples reach, {reach:.3g} nats with "
             f"{base.counts.mean():.4g} samples per prompt; got {budget:g}. "
             f"A KL of {budget:g} needs well over e^{budget:g} = {math.exp(min(budget, 50)):.3g} samples per prompt"
+        )
+    least = smallest_kl(base)
+    if budget <= least * (1 + 1e-6):
+        raise ValueError(
+            f"budget must be more than {least:.3g} nats, since every tilt leaves out the samples of utility -inf; "
+            f"got {budget:g}"
         )
     return solve_gamma(base, budget)
 
@@ -310,6 +317,11 @@ def largest_kl(base: Base) -> float:
     return (base.counts / best).log().mean().item()
 
 
+def smallest_kl(base: Base) -> float:
+    """The KL from the base policy of leaving out what has utility -inf, where a tilt goes as gamma grows."""
+    return (base.counts / base.utilities.isfinite().sum(-1)).log().mean().item()
+
+
 def _kl(base: Base, log_w: Tensor) -> tuple[Tensor, Tensor]:
     """KL [P] and its influence [P, n]."""
     w = log_w.exp()
@@ -321,7 +333,7 @@ def _kl(base: Base, log_w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def solve_gamma(base: Base, budget: float, start: float | None = None) -> float:
-    """The gamma of a KL that the samples reach; ``start`` is one nearby."""
+    """The gamma of a KL between the smallest and the largest of these samples; ``start`` is one nearby."""
     # below the best one of the prompt; what is certainly bad stays so far below that its weight is 0
     below = base.utilities - base.utilities.amax(-1, keepdim=True)
     log_count = base.counts.log()

@@ -106,7 +106,9 @@ def _scan(terms: Tensor, factors: Tensor) -> Tensor:
     while reach < length:
         near, far = slice(None, length - reach), slice(reach, None)
         reaches = linked[:, near].clone()
-        sums[:, near] += torch.where(reaches, factors[:, near] * sums[:, far], 0.0)
+        # an infinite sum stays one, also where the product of the factors is rounded to 0
+        beyond = torch.where(sums[:, far].isinf(), sums[:, far], factors[:, near] * sums[:, far])
+        sums[:, near] += torch.where(reaches, beyond, 0.0)
         factors[:, near] = factors[:, near] * factors[:, far]
         linked[:, near] = reaches & linked[:, far]
         reach *= 2

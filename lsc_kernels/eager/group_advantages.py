@@ -64,7 +64,10 @@ def _scores(utility: Tensor, group: Tensor, scaled: bool, leave_one_out: bool, e
     """Of utility [B, K], in fp64."""
     members = _sums(torch.ones_like(utility), group)
     others = (members - 1).clamp_min(1)
-    centred = utility - _sums(utility, group) / members
+    mean = _sums(utility, group) / members
+    # what the sum was rounded by: equal values differ from their mean by nothing
+    mean = mean + (_sums(utility - mean, group) / members).nan_to_num(0.0, 0.0, 0.0)
+    centred = utility - mean
     deviation = (_sums(centred.square(), group) / others).sqrt()
     divisor = deviation + eps if scaled else torch.ones_like(deviation)
     factor = members / others if leave_one_out else torch.ones_like(members)

@@ -88,6 +88,10 @@ def clamp_and_weigh(
     low, high = options.kl_limits
     inside = (value >= low) & (value <= high) | value.isnan()
     kl = value.clamp(low, high)
+    low, high = options.log_ratio_limits
+    inside = inside & ~(
+        (d < low) | (d > high)
+    )  # also where the weight is infinite, which no derivative of 0 stops
     if log_weight is None:
         own = torch.where(inside, derivative, 0.0)
         return kl, own, own if sampled else torch.zeros_like(own)
@@ -99,9 +103,7 @@ def clamp_and_weigh(
         on_logprob = weight * d  # slope and value, which for a negative d are huge and cancel
     else:
         on_logprob = own + kl
-    low, high = options.log_ratio_limits
-    clamped_ratio = (d < low) | (d > high)
-    return kl, own, torch.where(inside & ~clamped_ratio, on_logprob, 0.0)
+    return kl, own, torch.where(inside, on_logprob, 0.0)
 
 
 def _evaluate(
@@ -141,8 +143,9 @@ def backward(
     _, own, on_logprob = _evaluate(logprobs, ref_logprobs, old_logprobs, options)
 
     def gradient(factor: Tensor, source: Tensor) -> Tensor:
-        product = grad.double() * factor
-        return (product if mask is None else torch.where(mask, product, 0.0)).to(source.dtype)
+        # an overflowed slope that nobody asked for is not NaN
+        asked = grad != 0 if mask is None else mask & (grad != 0)
+        return torch.where(asked, grad.double() * factor, 0.0).to(source.dtype)
 
     return (
         gradient(on_logprob, logprobs) if want_logprobs else None,

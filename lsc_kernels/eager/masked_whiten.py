@@ -32,6 +32,7 @@ def merged(moments: Tensor) -> Tensor:
     count, mean, m2 = moments.unbind(-1)
     total = count.sum()
     mean_of_all = (count * mean).sum() / total.clamp_min(1)
+    mean_of_all = mean_of_all + (count * (mean - mean_of_all)).sum() / total.clamp_min(1)
     return torch.stack([total, mean_of_all, (m2 + count * (mean - mean_of_all).square()).sum()])
 
 
@@ -44,6 +45,8 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     counted = _counted(x, mask)
     count = counted.sum().double()
     mean = torch.where(counted, x.double(), 0.0).sum() / count.clamp_min(1)
+    # what the sum was rounded by: equal values of fp64 differ from their mean by nothing
+    mean = mean + torch.where(counted, x.double() - mean, 0.0).sum() / count.clamp_min(1)
     m2 = torch.where(counted, x.double() - mean, 0.0).square().sum()
     return torch.stack([count, mean, m2])
 
@@ -78,7 +81,7 @@ def backward(
     """To x, in its dtype."""
     scale, degrees = _scale(moments, options)
     mean_grad = sums[0] / moments[0].clamp_min(1)
-    along = scale**3 * sums[1] / degrees * (x.double() - moments[1])
+    along = scale * (scale * (scale * sums[1] / degrees)) * (x.double() - moments[1])
     result = scale * (grad.double() - mean_grad) - along
     if not options.shift_mean:
         result = result + mean_grad

@@ -113,7 +113,7 @@ def backward(
     """To hidden, weight and bias (fp64). A row without upstream gradient counts for nothing, even if NaN."""
     upstream = grad.double().reshape(-1, weight.shape[0])
     if every:
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        rows = hidden.reshape(upstream.shape[0], hidden.shape[-1])
         counted = None if attention_mask is None else attention_mask.reshape(-1) != 0
     else:
         positions = _positions(hidden, attention_mask, index, cu_seqlens)

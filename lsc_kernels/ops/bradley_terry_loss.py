@@ -12,7 +12,7 @@ from lsc_kernels.backends import select
 from lsc_kernels.eager.bradley_terry_loss import REDUCTIONS
 from lsc_kernels.ops import _checks
 from lsc_kernels.ops._autograd import first_derivative, quick_apply
-from lsc_kernels.ops.lsc_transform import save_operands, saved_operands, tensors, wants_grad
+from lsc_kernels.ops.lsc_transform import expanded, save_operands, saved_operands, tensors, wants_grad
 
 
 def bradley_terry_loss(
@@ -87,7 +87,7 @@ def _margin(value: object, chosen: Tensor) -> float | Tensor:
     _checks.floating("margin", value)
     _checks.same_device("margin", value, "chosen", chosen.device)
     try:
-        return value.expand(chosen.shape)
+        return expanded(value, chosen.shape)
     except RuntimeError:
         raise ValueError(
             f"margin must broadcast against chosen, {list(chosen.shape)}; got {list(value.shape)}"

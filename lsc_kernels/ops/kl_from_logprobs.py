@@ -103,7 +103,7 @@ def kl_from_logprobs(
         old_logprobs = _checks.old_logprobs(old_logprobs, tokens, "logprobs", device)
     options = kl_options(kl, grad, log_ratio_clamp, kl_clamp, KINDS)
 
-    kernels = select("kl_from_logprobs", logprobs, ref_logprobs)
+    kernels = select("kl_from_logprobs", logprobs, ref_logprobs, old_logprobs)
     fixed = (counted, old_logprobs, options)
     if torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad):
         result: Tensor = _apply((kernels, *fixed), logprobs, ref_logprobs)

@@ -79,12 +79,12 @@ def spread(name: str, tensor: Tensor, operands: dict[str, Any]) -> tuple[Tensor,
     def form(value: Any) -> Any:
         if not isinstance(value, Tensor) or _fits(value, shape):
             return value
-        return value.reshape(()) if value.numel() == 1 else _expanded(value, shape)
+        return value.reshape(()) if value.numel() == 1 else expanded(value, shape)
 
-    return tensor if tensor.shape == shape else _expanded(tensor, shape), [form(value) for value in values]
+    return tensor if tensor.shape == shape else expanded(tensor, shape), [form(value) for value in values]
 
 
-def _expanded(value: Tensor, shape: torch.Size) -> Tensor:
+def expanded(value: Tensor, shape: torch.Size) -> Tensor:
     """A broadcast view, whose gradient PyTorch sums: in fp32, so that it is rounded once and not at every term."""
     narrow = value.requires_grad and value.dtype in (torch.bfloat16, torch.float16)
     return (value.float() if narrow else value).expand(shape)

@@ -193,8 +193,9 @@ def _gaussian_of_others(values: Tensor, q: float) -> Tensor:
 def _mean_and_std(values: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """Over the last dimension, of what is there; the standard deviation with n - 1, NaN of fewer than two."""
     count = there.sum(-1, keepdim=True)
-    mean = torch.where(there, values, 0.0).sum(-1, keepdim=True) / count
-    square = torch.where(there, values - mean, 0.0).square().sum(-1) / (count - 1).squeeze(-1)
+    # nothing is divided by 0, whose gradient is NaN also where the quotient is not taken
+    mean = torch.where(there, values, 0.0).sum(-1, keepdim=True) / count.clamp_min(1)
+    square = torch.where(there, values - mean, 0.0).square().sum(-1) / (count - 1).clamp_min(1).squeeze(-1)
     square = torch.where(count.squeeze(-1) > 1, square, math.nan)
     # the square root has no slope at 0: equal samples get none
     root = torch.where(square == 0, 0.0, torch.where(square == 0, 1.0, square).sqrt())

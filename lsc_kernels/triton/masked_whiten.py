@@ -74,7 +74,7 @@ def _apply_kernel(
             value += mean
     else:
         mean_grad = tl.load(sums) / tl.maximum(members, 1.0)
-        along = scale * scale * scale * tl.load(sums + 1) / degrees
+        along = scale * (scale * (scale * tl.load(sums + 1) / degrees))
         value = scale * (_loaded(grad, index, counted) - mean_grad) - along * centred
         if not SHIFT_MEAN:
             value += mean_grad
