@@ -168,7 +168,8 @@ def frontier(
         formula: which outputs count as good, as in ``lk.aggregate_rewards``; for ``lsc`` and for ``p_all``.
 
     Returns:
-        A :class:`Frontier`. KLs beyond what the samples of a method reach are left out.
+        A :class:`Frontier`. KLs beyond what the samples of a method reach are left out, and those below every
+        tilt's, where some have utility -inf.
 
     Raises:
         TypeError, ValueError: as ``lk.aggregate_rewards`` and ``lk.transform_reward``; an unknown method; a prompt

@@ -81,7 +81,7 @@ def token_kl(
         log_ratio_clamp: (low, high) on d before anything else; only for k1, abs, k2, k3.
         kl_clamp: (low, high) on the value. A clamped element has gradient exactly 0.
         old_logprobs: [...]; multiplies the (clamped) value by exp(log p_a - old), gradient included. A constant: it
-            gets no gradient itself.
+            gets no gradient itself. Rounded to fp32 beside logits of fp32 or less.
         process_group: not in this version; must be None.
 
     Returns:
