@@ -1074,7 +1074,9 @@ class TestAnyInput:
 
     def test_against_the_truth(self, backend: str) -> None:
         @settings(
-            max_examples=12 if lk.get_backend() == "triton" else 60,  # it interprets, or compiles most of them anew
+            max_examples=12
+            if lk.get_backend() == "triton"
+            else 60,  # it interprets, or compiles most of them anew
             deadline=None,
             suppress_health_check=list(HealthCheck),
         )
