@@ -1073,10 +1073,9 @@ class TestAnyInput:
     """Hypothesis looks for the shape, mask, clamp and layout nobody thought of."""
 
     def test_against_the_truth(self, backend: str) -> None:
+        # Triton interprets each, or compiles most of them anew
         @settings(
-            max_examples=12
-            if lk.get_backend() == "triton"
-            else 60,  # it interprets, or compiles most of them anew
+            max_examples=12 if lk.get_backend() == "triton" else 60,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         )
