@@ -767,7 +767,7 @@ class RowReader {
   // Warp, at the end of a chunk: whether it takes its columns once more, about a better centre. Else its totals are stored, or all
   // is parked: what it has taken again has a centre of its own.
   LSC_DEVICE bool takes_again(bool again) {
-    if (again || marks().has_parked) {
+    if (marks().has_parked || again) {
       absorb();
     } else {
       store_totals();
@@ -799,6 +799,7 @@ class RowReader {
     origin_.set_centre(level(centre), false, memory_.temperature);
     sync_warp();
     if (lane_index() == 0) marks().has_parked = false;
+    sync_warp();
     way_ = usual_way();
     clear_sums();
     return true;
