@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Final
 
 import torch
+from torch.autograd import forward_ad
 
 from lsc_kernels import eager, native, triton
 
@@ -127,6 +128,8 @@ def select(op: str, tensor: torch.Tensor, *operands: object) -> ModuleType:
     """The module that serves ``op`` for a tensor and those among the other operands (one device: checked)."""
     if _environment_error is not None:
         _check_environment()
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(op, tensor, *operands)
     if tensor.dtype is torch.float64:
         return eager.OPS[op]
     for operand in operands:
@@ -139,6 +142,15 @@ def select(op: str, tensor: torch.Tensor, *operands: object) -> ModuleType:
     if not torch.compiler.is_compiling():
         _warn_fallback(op, device_type)
     return eager.OPS[op]
+
+
+def _refuse_tangents(op: str, *operands: object) -> None:
+    """Kernels would drop the tangents of forward-mode differentiation, and eager has its derivatives written out."""
+    for operand in operands:
+        if isinstance(operand, torch.Tensor) and forward_ad.unpack_dual(operand).tangent is not None:
+            raise NotImplementedError(
+                f"lsc_kernels.{op} has no forward-mode derivative; differentiate backwards"
+            )
 
 
 def _serving(op: str, device_type: str, choice: str) -> str | None:

@@ -7,6 +7,7 @@ These work on as many numbers as there are outputs, so they are written in PyTor
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -69,7 +70,7 @@ def transform_reward(
             where all are equal, ``minmax`` gives 0.
             The quantile methods need them, [..., n]: the last dimension are n samples, the others broadcast against
             ``reward``; F is piecewise linear through :math:`F(x_{(i)}) = i / (n + 1)`, takes the middle of a tie, and
-            is constant beyond the samples, so that its logarithm is finite.
+            is constant beyond the samples, so that its logarithm is finite. NaN is a missing sample.
 
     Returns:
         [...], fp32 (fp64 if an input is fp64); computed in fp64 inside. A NaN reward gives NaN.
@@ -152,7 +153,17 @@ def _apply(
     for option, default in known.items():
         if default is inspect.Parameter.empty and options.get(option) is None:
             raise TypeError(f"{name} needs {option}")
-    return table[name].function(*inputs, **options)
+    left_out = {option: default for option, default in _number_defaults(name) if option not in options}
+    return table[name].function(*inputs, **left_out, **options)
+
+
+def _number_defaults(name: str) -> tuple[tuple[str, float], ...]:
+    known = {**TRANSFORMS, **ENSEMBLES}[name].options
+    return tuple((option, default) for option, default in known.items() if isinstance(default, float))
+
+
+# torch.compile takes the answer. Of a function that it finds in a table it makes the defaults inputs of the graph.
+_number_defaults._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _like(result: Tensor, *inputs: object) -> Tensor:
@@ -287,23 +298,34 @@ def _distribution(reward: Tensor, samples: object) -> Tensor:
             f"got {list(found.shape)}"
         ) from None
     n, own = found.shape[-1], found.shape[:-1]
-    points, at = found.double().sort(-1).values, reward.double().expand(shape)
+    missing = found.isnan()
+    count = n - missing.sum(-1)
+    points = found.double().masked_fill(missing, math.inf).sort(-1).values  # what is missing comes last
+    at = reward.double().expand(shape)
     # many rewards against the same samples share one row of points
     if own.numel() == 1:
-        points, at = points.reshape(n), at.reshape(-1)
+        points, at, count = points.reshape(n), at.reshape(-1), count.reshape(())
     elif own[-1] == 1:
         points = points.squeeze(-2).expand(*shape[:-1], n).contiguous()
     else:
         points, at = points.expand(*shape, n).contiguous(), at.unsqueeze(-1)
+        count = count.expand(shape).unsqueeze(-1)
     at = at.contiguous()
-    below = torch.searchsorted(points, at.detach())
-    upto = torch.searchsorted(points, at.detach(), right=True)
+    below = torch.searchsorted(points, at.detach()).minimum(count)
+    upto = torch.searchsorted(points, at.detach(), right=True).minimum(count)
     left = points.gather(-1, (upto - 1).clamp_min(0))
     right = points.gather(-1, upto.clamp_max(n - 1))
-    inside = (upto > 0) & (upto < n)
-    share = torch.where(inside, (at - left) / torch.where(inside, right - left, 1.0), 0.0)
-    rank = torch.where(below < upto, (below + 1 + upto) / 2.0, upto.clamp_min(1) + share)
-    return torch.where(at.isnan(), at, rank.clamp_max(n) / (n + 1)).reshape(shape)
+    inside = (upto > 0) & (upto < count)
+    from_below = left.isinf()  # infinitely far: the sample above is near
+    begin = torch.where(from_below, at.detach(), left)
+    share = (at - begin) / torch.where(inside, right - left, 1.0) + from_below * torch.where(
+        right.isinf(), 0.5, 1.0
+    )
+    rank = torch.where(
+        below < upto, (below + 1 + upto) / 2.0, upto.clamp_min(1) + torch.where(inside, share, 0.0)
+    )
+    undefined = at.isnan() | (count == 0)
+    return torch.where(undefined, math.nan, rank.minimum(count) / (count + 1)).reshape(shape)
 
 
 def _quantile(reward: Tensor, reference_reward: object, *, samples: Tensor) -> Tensor:

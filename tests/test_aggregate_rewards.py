@@ -756,7 +756,10 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "names must have K = 3 entries.*got 2",
     ),
     (lambda: lk.aggregate_rewards(S, 0.0, names=["a", "b", "a"]), ValueError, "names must differ"),
-    (lambda: lk.aggregate_rewards(S, 0.0, names="abc"), TypeError, "names must be a sequence of strings"),
+    *(
+        (lambda n=n: lk.aggregate_rewards(S, 0.0, names=n), TypeError, "names must be a sequence of strings")
+        for n in ("abc", {"a", "b", "c"}, 1.5, (name for name in "abc"))
+    ),
     (
         lambda: lk.aggregate_rewards(S, 0.0, names=["a", "b", 3]),
         TypeError,

@@ -9,6 +9,7 @@ from typing import Any
 import _upstream
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from _modes import compile_once, needs_native
 from _reward_side import (
     DTYPES,
@@ -124,6 +125,18 @@ def test_gradcheck(generator: Generator, floor: float | Tensor) -> None:
     for tensor in inputs:
         tensor.requires_grad_()
     assert torch.autograd.gradcheck(lambda r, ref, s: lk.lsc_transform(r, ref, scale=s, floor=floor), inputs)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_mode_is_refused(backend: str, dtype: torch.dtype) -> None:
+    x = torch.zeros(2, dtype=dtype)
+    with forward_ad.dual_level():
+        assert lk.lsc_transform(x, 0.0).shape == (2,), "no tangent, no error"
+        with pytest.raises(NotImplementedError, match="lsc_transform has no forward-mode derivative"):
+            lk.lsc_transform(forward_ad.make_dual(x, torch.ones_like(x)), 0.0)
+    with pytest.raises(NotImplementedError, match="lsc_transform has no forward-mode derivative"):
+        torch.func.jacfwd(lambda r: lk.lsc_transform(r, 0.0))(x)
 
 
 SHAPES = [

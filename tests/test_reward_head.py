@@ -446,6 +446,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (lambda: lk.reward_head(H, W, W[0, :1].to("meta")), ValueError, "bias must be on the device of hidden"),
     (
+        lambda: lk.reward_head([H, H.to("meta")], [W[0], W[0].to("meta")]),
+        ValueError,
+        r"hidden\[1\] must be on the device of hidden\[0\]",
+    ),
+    (
         lambda: lk.reward_head(H, W, attention_mask=[[1, 1, 1]]),
         TypeError,
         "attention_mask must be a tensor.*got list",

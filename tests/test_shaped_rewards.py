@@ -341,6 +341,23 @@ def test_from_logprobs(backend: str, generator: Generator, dtype: torch.dtype, k
         tolerances.check(name, a, b, scale + tolerances.rounding(b, a.dtype))
 
 
+def test_ignored_actions_beside_logprobs(backend: str, generator: Generator) -> None:
+    logprobs, ref_logprobs = -torch.rand(2, 2, 3, generator=generator)
+    actions, mask = torch.tensor([[1, -100, 2], [0, -100, -100]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    arguments: dict[str, Any] = {
+        "scores": torch.randn(2, 2, generator=generator), "beta": BETA, "policy_logprobs": logprobs,
+        "ref_logprobs": ref_logprobs,
+    }  # fmt: skip
+    for given, counted in ((None, actions != -100), (mask, (actions != -100) & (mask != 0))):
+        found = lk.shaped_rewards(None, None, 0.0, None, None, actions, given, **arguments)
+        wanted = lk.shaped_rewards(None, None, 0.0, None, None, None, counted, **arguments)
+        assert torch.equal(found.rewards, wanted.rewards) and torch.equal(found.kl, wanted.kl)
+    with pytest.raises(TypeError, match="actions must be"):
+        lk.shaped_rewards(None, None, 0.0, None, None, "none", None, **arguments)
+    with pytest.raises(ValueError, match="placement_index must be given with placement='index'"):
+        lk.shaped_rewards(None, None, 0.0, None, None, None, None, **arguments, placement="index")
+
+
 def test_what_the_mask_leaves_out_reaches_nothing(backend: str, generator: Generator) -> None:
     arguments = add(inputs(generator), generator, "dense", "old_logprobs")
     clean = lk.shaped_rewards(**arguments)
@@ -503,6 +520,18 @@ def test_compile(backend: str, generator: Generator) -> None:
         return out.rewards, out.kl, out.logprobs
 
     compile_once(run, [call(4, 5), call(4, 8), call(6, 13)])  # torch.compile takes equal sizes for one
+
+    def from_logprobs(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = {"policy_logprobs": logprobs, "ref_logprobs": ref_logprobs, "beta": BETA}
+        return lk.shaped_rewards(None, None, 0.0, None, None, None, None, scores=scores, **given)[:2]
+
+    calls = []
+    for length in (5, 8, 13):
+        rows = -torch.rand(2, 4, length, generator=generator)
+        calls.append(
+            (torch.randn(4, 2, generator=generator).requires_grad_(), rows[0].requires_grad_(), rows[1])
+        )
+    compile_once(from_logprobs, calls)
 
 
 @needs_native

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -149,6 +150,21 @@ def test_quantile_takes_the_middle_of_a_tie() -> None:
     assert lk.transform_reward(torch.tensor([2.0]), "quantile", samples=samples).item() == pytest.approx(0.5)
 
 
+def test_quantiles_of_samples_that_are_missing_or_infinite() -> None:
+    def quantile(reward: list[float], samples: Any) -> list[float]:
+        return lk.transform_reward(torch.tensor(reward), "quantile", samples=torch.tensor(samples)).tolist()
+
+    some = [math.nan, -1.0, math.nan, 0.0, 1.0]
+    rewards = [-9.0, -0.5, 0.0, 5.0, math.inf]
+    assert quantile(rewards, some) == quantile(rewards, [-1.0, 0.0, 1.0]) == [0.25, 0.375, 0.5, 0.75, 0.75]
+    assert quantile([0.5, 0.5], [some, [math.nan] * 5])[0] == 0.625
+    assert math.isnan(quantile([0.5, 0.5], [some, [math.nan] * 5])[1])
+    assert quantile([-9.0, 0.0, 9.0], [-math.inf, 0.0, math.inf]) == [0.5, 0.5, 0.5]
+    reward = torch.tensor([-9.0, 0.5], requires_grad=True)
+    lk.transform_reward(reward, "quantile", samples=torch.tensor([-math.inf, 0.0, 1.0])).sum().backward()
+    assert reward.grad is not None and reward.grad.tolist() == [0.0, 0.25]
+
+
 def test_quantiles_of_each_prompts_own_samples(generator: Generator) -> None:
     samples, reward = (torch.randn(shape, generator=generator) for shape in ((3, 1, 16), (3, 4)))
     got = lk.transform_reward(reward, "log_quantile", samples=samples)
@@ -226,10 +242,18 @@ def test_ensembles(generator: Generator) -> None:
 
 def test_compile() -> None:
     reward = torch.randn(8)
-    for method in ("raw", "lsc", "sigmoid", "tanh", "clip", "zscore", "minmax", "quantile", "exp_quantile"):
+    for method, dynamic in itertools.product(lk.TRANSFORMS, (None, True)):
         torch._dynamo.reset()
-        compiled = torch.compile(lambda r, m=method: transformed(r, m), fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(
+            lambda r, m=method: transformed(r, m), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+        )
         torch.testing.assert_close(compiled(reward), transformed(reward, method))
+    torch._dynamo.reset()
+    scores = torch.randn(5, 4)
+    compiled = torch.compile(
+        lambda s: lk.ensemble_reward(s, "worst_case"), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(scores), lk.ensemble_reward(scores, "worst_case"))
     torch._dynamo.reset()
 
 

@@ -100,7 +100,7 @@ def forward(
         logprobs, ref_logprobs = (
             left_in(given, policy.mask).to(kl.dtype, copy=True) for given in (policy.policy, policy.ref)
         )
-        entropy = state = kl.new_empty(0)
+        entropy, state = kl.new_empty(0), kl.new_empty(0)
     else:
         kl, logprobs, ref_logprobs, entropy, state = token_kl.forward(
             *(

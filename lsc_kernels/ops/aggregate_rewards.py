@@ -41,8 +41,10 @@ def check_properties(
         )
     if names is None:
         return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"names must be a sequence of strings; got {names!r}")
+    # not a set, whose order is another in each process
+    strings = isinstance(names, Sequence) and not isinstance(names, str)
+    if not strings or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names must be a sequence of strings, as a list; got {names!r}")
     if len(names) != properties:
         raise ValueError(f"names must have K = {properties} entries, one per property; got {len(names)}")
     if len(set(names)) != len(names):

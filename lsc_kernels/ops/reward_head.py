@@ -109,6 +109,7 @@ def _separate_models(
     columns: list[Tensor] = []
     for k in range(count):
         _checks.floating(f"hidden[{k}]", hidden[k])
+        _checks.same_device(f"hidden[{k}]", hidden[k], "hidden[0]", hidden[0].device)
         _checks.floating(f"weight[{k}]", weight[k])
         row = weight[k].unsqueeze(0) if weight[k].dim() == 1 else weight[k]
         if row.dim() != 2 or row.shape[0] != 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lsc_kernels.backends import select
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
 from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide, left_in, with_counted
+from lsc_kernels.eager.token_logprobs import IGNORE_INDEX
 from lsc_kernels.eager.token_rewards import RewardOptions
 from lsc_kernels.formula import Formula
 from lsc_kernels.ops import _checks, kl_from_logprobs, token_kl
@@ -101,7 +102,8 @@ def shaped_rewards(
         reference_reward: a float or a tensor that broadcasts against the scores [B, K].
         policy: policy logits [B, T, V], or None with ``policy_logprobs``.
         ref: reference logits [B, T, V], or None with ``ref_logprobs``.
-        actions: [B, T] ids; ``-100`` leaves a position out. Not needed with log-probabilities.
+        actions: [B, T] ids; ``-100`` leaves a position out. Beside log-probabilities they say no more than that, and
+            may be None.
         mask: [B, T], nonzero counts; None counts everything.
         beta: the price of a nat of KL in units of utility.
         bias, index, attention_mask, cu_seqlens: as in :func:`reward_head`; ``index`` is the position of ``hidden``.
@@ -158,7 +160,7 @@ def shaped_rewards(
     per_token, device = first.shape[:2], first.device
     kinds = kl_from_logprobs.KINDS if ids is None else token_kl.KINDS
     kl_options = kl_from_logprobs.kl_options(kl, grad, log_ratio_clamp, kl_clamp, kinds)
-    placing = reward_options(beta, placement, placement_index, utility_clip)
+    placing = reward_options(beta, placement, placement_index, utility_clip, "placement_index")
     _check_placement(placement_index, dense, first, per_token)
     if old_logprobs is not None:
         old_logprobs = _checks.old_logprobs(old_logprobs, per_token, "[B, T]", device)
@@ -210,10 +212,13 @@ def _policy_side(
     _checks.like(names[1], second, first.shape, names[0], names[0], first.device)
     per_token = first.shape[:2]
     given = None if mask is None else _checks.mask("mask", mask, per_token, "[B, T]", first.device)
-    if not from_logits:
+    if not from_logits and actions is None:
         return first, second, None, given, 1.0
     ids = _checks.integer("actions", actions)
-    _checks.like("actions", ids, per_token, "[B, T]", "policy", first.device)
+    _checks.like("actions", ids, per_token, "[B, T]", names[0], first.device)
+    if not from_logits:  # what was sampled is in the log-probabilities; here it only says what does not count
+        kept = ids != IGNORE_INDEX
+        return first, second, None, kept if given is None else kept & (given != 0), 1.0
     tau = _checks.temperature(temperature, ids, given, first.device)
     return first, second, ids, given, tau
 

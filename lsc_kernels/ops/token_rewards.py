@@ -18,17 +18,17 @@ PLACEMENTS = ("last", "eos_plus_one", "before_last", "index")
 
 
 def reward_options(
-    beta: float, placement: str, index: object, utility_clip: tuple[float, float] | None
+    beta: float, placement: str, index: object, utility_clip: tuple[float, float] | None, name: str = "index"
 ) -> RewardOptions:
-    """Check the options of the placement and put them in the form the backends take."""
+    """Check the options of the placement, ``index`` by its name, and put them in the form the backends take."""
     if placement not in PLACEMENTS:
         raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}")
     if index is not None:
         if placement not in ("last", "index"):
-            raise ValueError(f"placement={placement!r} and index both say where the utility goes; pass one")
+            raise ValueError(f"placement={placement!r} and {name} both say where the utility goes; pass one")
         placement = "index"
     elif placement == "index":
-        raise ValueError("index must be given with placement='index'; got None")
+        raise ValueError(f"{name} must be given with placement='index'; got None")
     return RewardOptions(
         _checks.number("beta", beta), placement, *_checks.interval("utility_clip", utility_clip)
     )
