@@ -23,6 +23,7 @@ from _reward_side import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
+from torch._subclasses import FakeTensorMode
 
 import lsc_kernels as lk
 
@@ -125,6 +126,18 @@ def test_gradcheck(generator: Generator, floor: float | Tensor) -> None:
     for tensor in inputs:
         tensor.requires_grad_()
     assert torch.autograd.gradcheck(lambda r, ref, s: lk.lsc_transform(r, ref, scale=s, floor=floor), inputs)
+
+
+@pytest.mark.cpu
+def test_operands_without_values(backend: str, generator: Generator) -> None:
+    """Where nothing can be looked at: fake tensors, and vmap over a scale."""
+    reward, scale = torch.randn(4, 3, generator=generator), torch.rand(4, generator=generator) + 0.5
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(each) for each in (reward, scale)]
+        assert lk.lsc_transform(fake[0], 0.0, scale=fake[1][:3]).shape == (4, 3)
+        assert lk.aggregate_rewards(fake[0], 0.0, weights=fake[1][:3]).shape == (4,)
+    mapped = torch.vmap(lambda r, s: lk.lsc_transform(r, 0.0, scale=s))(reward, scale)
+    assert torch.equal(mapped, lk.lsc_transform(reward, 0.0, scale=scale.unsqueeze(-1)))
 
 
 @pytest.mark.cpu

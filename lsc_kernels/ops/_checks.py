@@ -10,6 +10,7 @@ from typing import SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64, torch.int32)
@@ -36,6 +37,17 @@ def integer(name: str, value: object) -> Tensor:
 def shape(name: str, value: Tensor, wanted: Sequence[int], meaning: str) -> None:
     if value.shape != wanted:
         raise ValueError(f"{name} must have the shape of {meaning}, {list(wanted)}; got {list(value.shape)}")
+
+
+def has_values(value: Tensor) -> bool:
+    """Whether there are values to look at: on the CPU, where nobody waits for them, while nothing is traced."""
+    return (
+        value.is_cpu
+        and type(value) in (Tensor, torch.nn.Parameter)  # a FakeTensor has none
+        and value.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not is_functorch_wrapped_tensor(value)
+    )
 
 
 def on(name: str, value: Tensor, device: torch.device) -> None:
@@ -153,7 +165,7 @@ def temperature(value: object, actions: Tensor, mask: Tensor | None, device: tor
         on("temperature", value, device)
         no_grad("temperature", value)
         per_row = value.expand(actions.shape)
-        if device.type == "cpu" and not torch.compiler.is_compiling():
+        if has_values(per_row):
             _check_temperatures(per_row, actions, mask)
         return per_row
     if not is_number(value):

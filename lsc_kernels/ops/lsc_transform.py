@@ -39,7 +39,7 @@ def operand(name: str, value: object, device: torch.device) -> float | Tensor:
             return value
         if name == "floor":
             _checks.no_grad(name, value)
-        if device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
+        if not _checks.has_values(value):
             return value
         low, high = (extreme.item() for extreme in torch.aminmax(value.detach()))
     elif not _checks.is_number(value):
