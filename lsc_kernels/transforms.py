@@ -316,14 +316,11 @@ def _distribution(reward: Tensor, samples: object) -> Tensor:
     left = points.gather(-1, (upto - 1).clamp_min(0))
     right = points.gather(-1, upto.clamp_max(n - 1))
     inside = (upto > 0) & (upto < count)
-    from_below = left.isinf()  # infinitely far: the sample above is near
-    begin = torch.where(from_below, at.detach(), left)
-    share = (at - begin) / torch.where(inside, right - left, 1.0) + from_below * torch.where(
-        right.isinf(), 0.5, 1.0
-    )
-    rank = torch.where(
-        below < upto, (below + 1 + upto) / 2.0, upto.clamp_min(1) + torch.where(inside, share, 0.0)
-    )
+    endless = left.isinf()  # then the sample above is near, unless it is as far
+    begin = torch.where(endless, at.detach(), left)
+    share = (at - begin) / torch.where(inside, right - left, 1.0)
+    share = torch.where(inside, share + endless * torch.where(right.isinf(), 0.5, 1.0), 0.0)
+    rank = torch.where(below < upto, (below + 1 + upto) / 2.0, upto.clamp_min(1) + share)
     undefined = at.isnan() | (count == 0)
     return torch.where(undefined, math.nan, rank.minimum(count) / (count + 1)).reshape(shape)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import math
 import re
 from collections.abc import Callable
@@ -242,10 +241,10 @@ def test_ensembles(generator: Generator) -> None:
 
 def test_compile() -> None:
     reward = torch.randn(8)
-    for method, dynamic in itertools.product(lk.TRANSFORMS, (None, True)):
+    for method in lk.TRANSFORMS:
         torch._dynamo.reset()
         compiled = torch.compile(
-            lambda r, m=method: transformed(r, m), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+            lambda r, m=method: transformed(r, m), fullgraph=True, dynamic=True, backend="aot_eager"
         )
         torch.testing.assert_close(compiled(reward), transformed(reward, method))
     torch._dynamo.reset()

@@ -89,9 +89,8 @@ def clamp_and_weigh(
     inside = (value >= low) & (value <= high) | value.isnan()
     kl = value.clamp(low, high)
     low, high = options.log_ratio_limits
-    inside = inside & ~(
-        (d < low) | (d > high)
-    )  # also where the weight is infinite, which no derivative of 0 stops
+    # also where the weight is infinite, which no derivative of 0 stops
+    inside = inside & ~((d < low) | (d > high))
     if log_weight is None:
         own = torch.where(inside, derivative, 0.0)
         return kl, own, own if sampled else torch.zeros_like(own)

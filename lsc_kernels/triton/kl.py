@@ -49,17 +49,8 @@ def k3(d):
 
 @triton.jit
 def evaluate_kl(
-    d,
-    divergence,
-    log_weight,
-    ratio_low,
-    ratio_high,
-    kl_low,
-    kl_high,
-    kind,
-    straight_through,
-    WEIGHTED: tl.constexpr,
-):
+    d, divergence, log_weight, ratio_low, ratio_high, kl_low, kl_high, kind, straight_through, WEIGHTED: tl.constexpr
+):  # fmt: skip
     """``divergence`` is the row's full KL where ``kind`` asks for it; ``log_weight`` = log pi(a) - old where WEIGHTED.
 
     ``kind`` and ``straight_through`` are constants where there is much to evaluate. The kernels of rows, which evaluate
@@ -92,9 +83,8 @@ def evaluate_kl(
         on_divergence = tl.where(outside, 0.0, weight)
     on_logprob = on_ratio
     if WEIGHTED:
-        if (kind == K3) & (
-            straight_through == 0
-        ):  # slope and value, which for a negative d are huge and cancel
+        if (kind == K3) & (straight_through == 0):
+            # slope and value, which for a negative d are huge and cancel
             on_logprob = tl.where(outside, 0.0, weight * ratio)
         else:
             on_logprob += tl.where(outside, 0.0, kl)

@@ -305,8 +305,7 @@ def _new_outputs(*arguments: Any) -> Outputs:
     own_scores = new(0) if hidden is None else new(batch, weight.shape[0])
     if actions is None:
         kl, logprobs, ref_logprobs = (new(batch, length) for _ in range(3))
-        rewards, nothing = new(batch, length), new(0)
-        return Outputs(rewards, new(batch), own_scores, kl, logprobs, ref_logprobs, nothing, nothing)
+        return Outputs(new(batch, length), new(batch), own_scores, kl, logprobs, ref_logprobs, new(0), new(0))
     kl, logprobs, ref_logprobs, entropy, saved = new_rows(actions, True)
     return Outputs(new(batch, length), new(batch), own_scores, kl, logprobs, ref_logprobs, entropy, saved)
 

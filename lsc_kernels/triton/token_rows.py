@@ -309,8 +309,7 @@ def coefficients(
     """``kind`` None: there is one model, and no KL."""
     zero = tl.full((), 0.0, tl.float64)
     p0 = chain(to_entropy, tl.load(saved + MEAN_LOGIT))
-    to_full, to_reverse = zero, zero
-    offset = zero
+    to_full, to_reverse, offset = zero, zero, zero
     if kind is not None:
         log_weight = zero
         if WEIGHTED:
