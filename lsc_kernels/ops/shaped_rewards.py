@@ -12,7 +12,7 @@ from torch import Tensor
 from lsc_kernels.backends import select
 from lsc_kernels.eager.kl_from_logprobs import KLOptions
 from lsc_kernels.eager.shaped_rewards import PolicySide, RewardSide, left_in, with_counted
-from lsc_kernels.eager.token_logprobs import IGNORE_INDEX
+from lsc_kernels.eager.token_logprobs import counted
 from lsc_kernels.eager.token_rewards import RewardOptions
 from lsc_kernels.formula import Formula
 from lsc_kernels.ops import _checks, kl_from_logprobs, token_kl
@@ -154,7 +154,7 @@ def shaped_rewards(
     elif hidden is not None:
         check_head(*head)
 
-    first, second, ids, counted, tau = _policy_side(
+    first, second, ids, kept, tau = _policy_side(
         policy, ref, actions, mask, policy_logprobs, ref_logprobs, temperature
     )
     per_token, device = first.shape[:2], first.device
@@ -164,7 +164,7 @@ def shaped_rewards(
     _check_placement(placement_index, dense, first, per_token)
     if old_logprobs is not None:
         old_logprobs = _checks.old_logprobs(old_logprobs, per_token, "[B, T]", device)
-    policy_side = PolicySide(first, second, ids, counted, old_logprobs, tau, placement_index, dense)
+    policy_side = PolicySide(first, second, ids, kept, old_logprobs, tau, placement_index, dense)
     head = head if scores is None else (None,) * 6
     operands = {"reference_reward": reference_reward, "scale": scale, "floor": floor, "weights": weights}
     reward_side = _reward_side(head, scores, operands, formula, names, missing, per_token[0], device)
@@ -217,8 +217,7 @@ def _policy_side(
     ids = _checks.integer("actions", actions)
     _checks.like("actions", ids, per_token, "[B, T]", names[0], first.device)
     if not from_logits:  # what was sampled is in the log-probabilities; here it only says what does not count
-        kept = ids != IGNORE_INDEX
-        return first, second, None, kept if given is None else kept & (given != 0), 1.0
+        return first, second, None, counted(ids, None if given is None else given != 0), 1.0
     tau = _checks.temperature(temperature, ids, given, first.device)
     return first, second, ids, given, tau
 
